@@ -1,0 +1,53 @@
+"""The lingbot_jax package. Lower bounds are the versions the test suite was run with."""
+
+from setuptools import find_packages, setup
+
+CORE = [
+    "absl-py>=2.5",
+    "chex>=0.1.92",
+    "einops>=0.8.2",
+    "etils[epath]>=1.15",
+    "flax>=0.12.8,<0.13",
+    "jax>=0.10.2,<0.11",
+    "jaxtyping>=0.3.11",
+    "ml-collections>=1.1",
+    "numpy>=2.0",
+    "optax>=0.2.8",
+    "orbax-checkpoint>=0.12.8,<0.13",
+    "rich>=15",
+    "safetensors>=0.8",
+    "tensorboardX>=2.6.5",
+]
+DATA = [
+    "array-record>=0.8.3",
+    "av>=18",
+    "grain>=0.2.18,<0.3",
+    "opencv-python-headless>=4.13",
+    "psutil>=7.2",
+    "vizdoom>=1.3.2,<1.4",  # engine licence: non-commercial, see README
+]
+SERVE = ["av>=18", "pillow>=12"]
+EVAL = ["matplotlib>=3.10", "pillow>=12", "psutil>=7.2"]
+CONVERT = ["torch>=2.13", "diffusers>=0.38", "transformers>=5"]
+TEXT = ["ftfy>=6.3", "tokenizers>=0.22"]
+TEST = ["beartype>=0.22", "hypothesis>=6.150", "pytest>=9"]
+DEV = ["ruff>=0.15,<0.18"]
+
+setup(
+    name="lingbot_jax",
+    version="0.1.0.dev0",
+    description="Train and serve interactive world models in JAX, on TPU pods and on a laptop",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=find_packages(include=["lingbot_jax*", "kernels_pallas*", "experiments*"]),
+    install_requires=CORE + TEXT,
+    extras_require={
+        "tpu": ["libtpu>=0.0.42"],
+        "data": DATA,
+        "serve": SERVE,
+        "eval": EVAL,
+        "convert": CONVERT,
+        "test": TEST,
+        "dev": DEV,
+    },
+)
