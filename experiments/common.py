@@ -1,0 +1,67 @@
+"""What every experiment shares: the --config flag and errors of one line.
+
+A user's mistake (a wrong flag, field, file or combination) ends with exit code 2 and one line on stderr that
+names the field, its value and what is allowed. Anything else is a bug and keeps its stack trace.
+"""
+
+import re
+import sys
+from collections.abc import Callable
+from typing import TypeVar
+
+from absl import app, flags, logging
+from ml_collections import config_flags
+
+from lingbot_jax.config import ConfigError, build
+
+T = TypeVar("T")
+
+
+class UserError(Exception):
+    """A mistake of the user: the message is one line and names the field, the value and the remedy."""
+
+
+def define_config(default: str | None = None) -> flags.FlagHolder:
+    """Defines --config=FILE.py:ARGUMENT, with --config.FIELD=VALUE overrides of known fields only."""
+    return config_flags.DEFINE_config_file(
+        "config", default, "config file, e.g. experiments/configs/tiny.py:world", lock_config=True
+    )
+
+
+def load(holder: flags.FlagHolder, kind: type[T]) -> T:
+    """The checked dataclass `kind` from the --config flag."""
+    if holder.value is None:
+        raise UserError("--config is missing: give e.g. --config=experiments/configs/tiny.py:world")
+    try:
+        values = holder.value.to_dict()
+    except OSError:  # ml_collections reports a missing file on first use
+        path = config_flags.get_config_filename(flags.FLAGS["config"])
+        raise UserError(
+            f"--config={path}: no such file; the named sizes are in experiments/configs/"
+        ) from None
+    return build(kind, values)
+
+
+def _parse(argv: list[str]) -> list[str]:
+    """Parses flags; ml_collections reports an unknown config field as a bare AttributeError, we name it."""
+    try:
+        return flags.FLAGS(argv)
+    except (AttributeError, KeyError) as error:
+        name = re.search(r"'(\w+)\\?'", str(error))
+        given = [a for a in argv[1:] if name and re.match(rf"--config(\.\w+)*\.{name[1]}(\.|=|$)", a)]
+        hint = re.search(r'Did you mean "(\w+)"', str(error))
+        hint = f"; did you mean {hint[1]}?" if hint else "; see the config file for the fields"
+        raise UserError(f"{(given or ['--config'])[0].lstrip('-')}: unknown field{hint}") from None
+    except flags.Error as error:
+        lines = [line.strip("^ ") for line in str(error).splitlines() if line.strip("^ ")]
+        raise UserError(lines[-1]) from None
+
+
+def run(main: Callable[[], None]) -> None:
+    """Runs `main()` under absl: flags parsed, user errors as one line and exit code 2."""
+    logging.set_verbosity(logging.WARNING)
+    try:
+        app.run(lambda _: main(), flags_parser=_parse)
+    except (UserError, ConfigError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)
