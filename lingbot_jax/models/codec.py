@@ -1,0 +1,190 @@
+"""Latent codecs: one interface, and the linear patch codec that fits in seconds on a CPU.
+
+A codec turns video `b f h w 3` in [-1, 1] into normalised latents `b t hl wl c` and back, causally in time:
+the first frame alone, then groups of `stride[0]` frames, so f = st * (t - 1) + 1 and a prefix of the frames
+is encoded into a prefix of the latents. The Wan 2.1 VAE (`vae.py`) stands behind the same interface.
+"""
+
+import dataclasses
+import json
+import pathlib
+from collections.abc import Iterable
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from einops import rearrange, repeat
+from jaxtyping import Array, Float
+from safetensors import safe_open
+from safetensors.numpy import save_file
+
+from lingbot_jax.config import ConfigError, require
+
+Stream = Any  # a pytree of static structure, threaded through decode_chunk
+
+
+@dataclasses.dataclass(frozen=True)
+class CodecConfig:
+    """Attributes:
+    channels: latent channels. stride: pixels of (time, height, width) that one latent pixel stands for.
+    """
+
+    channels: int = 24
+    stride: tuple[int, int, int] = (4, 8, 8)
+
+    def __post_init__(self):
+        require(min(self.stride) > 0, "codec.stride", self.stride, "must be positive")
+        features = 3 * int(np.prod(self.stride))
+        require(0 < self.channels <= features, "codec.channels", self.channels, f"must be in 1..{features}")
+
+    def latent_frames(self, frames: int) -> int:
+        """Latent frames of a video of 4n+1 (in general st*n + 1) frames."""
+        require(
+            frames % self.stride[0] == 1 % self.stride[0],
+            "frames",
+            frames,
+            f"must be {self.stride[0]}n + 1",
+        )
+        return 1 + (frames - 1) // self.stride[0]
+
+
+class Codec(Protocol):
+    """What the rest of the system needs of a codec. All methods are pure."""
+
+    config: CodecConfig
+
+    def encode(self, video: Float[Array, "b f h w 3"]) -> Float[Array, "b t hl wl c"]:
+        """Video in [-1, 1] to normalised latents (about zero mean, unit variance)."""
+        ...
+
+    def decode(self, latents: Float[Array, "b t hl wl c"]) -> Float[Array, "b f h w 3"]:
+        """Latents to video, clipped to [-1, 1]."""
+        ...
+
+    def init_stream(self, batch: int, height: int, width: int) -> Stream:
+        """The state before the first chunk; height and width in latent pixels."""
+        ...
+
+    def decode_chunk(
+        self, latents: Float[Array, "b t hl wl c"], stream: Stream, *, first: bool
+    ) -> tuple[Float[Array, "b f h w 3"], Stream]:
+        """Decodes the next latent frames; `first` (static): this chunk opens the stream, so that its first
+        latent frame is one video frame and not a group."""
+        ...
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class LinearCodec:
+    """Principal components of space-time patches: latents = (patch - mean) @ basis / scale.
+
+    The first frame is repeated to fill its patch, so that one basis serves stills and motion alike, and an
+    image latent means the same as a video latent of a camera at rest.
+
+    Attributes:
+      basis: `p c`, orthonormal columns. mean: `p`. scale: scalar; a single scale for all channels keeps the
+        latent metric equal to the pixel metric: squared error in latents is squared error in pixels.
+    """
+
+    basis: Float[Array, "p c"]
+    mean: Float[Array, "p"]
+    scale: Float[Array, ""]
+    config: CodecConfig = dataclasses.field(metadata={"static": True})
+
+    def encode(self, video: Float[Array, "b f h w 3"]) -> Float[Array, "b t hl wl c"]:
+        return (_patches(video, self.config) - self.mean) @ self.basis / self.scale
+
+    def decode(self, latents: Float[Array, "b t hl wl c"]) -> Float[Array, "b f h w 3"]:
+        return self.decode_chunk(latents, (), first=True)[0]
+
+    def init_stream(self, batch: int, height: int, width: int) -> Stream:
+        return ()  # patches do not overlap: nothing to remember
+
+    def decode_chunk(
+        self, latents: Float[Array, "b t hl wl c"], stream: Stream, *, first: bool
+    ) -> tuple[Float[Array, "b f h w 3"], Stream]:
+        st, sh, sw = self.config.stride
+        patches = latents * self.scale @ self.basis.T + self.mean
+        groups = rearrange(patches, "b t h w (s p q c) -> b t s (h p) (w q) c", s=st, p=sh, q=sw, c=3)
+        video = rearrange(groups[:, first:], "b t s h w c -> b (t s) h w c")
+        if first:
+            video = jnp.concatenate([groups[:, 0].mean(1, keepdims=True), video], axis=1)
+        return jnp.clip(video, -1.0, 1.0), stream
+
+
+def _patches(video: Float[Array, "b f h w 3"], config: CodecConfig) -> Float[Array, "b t hl wl p"]:
+    st, sh, sw = config.stride
+    config.latent_frames(video.shape[1])
+    still = repeat(video[:, :1], "b 1 h w c -> b s h w c", s=st)
+    return rearrange(
+        jnp.concatenate([still, video[:, 1:]], axis=1),
+        "b (t s) (h p) (w q) c -> b t h w (s p q c)",
+        s=st,
+        p=sh,
+        q=sw,
+    )
+
+
+def fit_linear(batches: Iterable[Float[np.ndarray, "b f h w 3"]], config: CodecConfig) -> LinearCodec:
+    """Fits the linear codec on batches of video in [-1, 1]; moments are summed in float64.
+
+    Raises:
+      ConfigError: there was no batch.
+    """
+    moments = jax.jit(lambda x: (x.sum(0), x.T @ x))
+    total, first, second = 0, 0.0, 0.0
+    for video in batches:
+        x = _patches(jnp.asarray(video), config).reshape(-1, 3 * int(np.prod(config.stride)))
+        s1, s2 = moments(x)
+        total, first, second = total + len(x), first + np.float64(s1), second + np.float64(s2)
+    if not total:
+        raise ConfigError("codec: there are no clips to fit on; collect some first")
+    mean = first / total
+    covariance = second / total - np.outer(mean, mean)
+    variance, vectors = np.linalg.eigh(covariance)
+    variance, basis = variance[::-1][: config.channels], vectors[:, ::-1][:, : config.channels]
+    scale = np.sqrt(variance.mean())
+    as32 = lambda a: jnp.asarray(a, jnp.float32)
+    return LinearCodec(basis=as32(basis), mean=as32(mean), scale=as32(scale), config=config)
+
+
+def save_linear(codec: LinearCodec, path: str | pathlib.Path) -> None:
+    """Writes one safetensors file, whole or not at all."""
+    path = pathlib.Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    arrays = {name: np.asarray(getattr(codec, name)) for name in ("basis", "mean", "scale")}
+    partial = path.with_name(path.name + ".partial")
+    save_file(
+        arrays,
+        partial,
+        metadata={"codec": json.dumps({"kind": "linear", **dataclasses.asdict(codec.config)})},
+    )
+    partial.rename(path)
+
+
+def load_linear(path: str | pathlib.Path) -> LinearCodec:
+    """Reads what `save_linear` wrote.
+
+    Raises:
+      ConfigError: the file is missing or is not a linear codec.
+    """
+    if not pathlib.Path(path).is_file():
+        raise ConfigError(f"codec.path = {str(path)!r}: no such file; experiments.prepare makes it")
+    try:
+        with safe_open(path, framework="numpy") as file:
+            header = json.loads((file.metadata() or {}).get("codec", "{}"))
+            arrays = {name: jnp.asarray(file.get_tensor(name)) for name in file.keys()}  # noqa: SIM118
+    except Exception as error:  # safetensors raises its own untyped errors on damaged files
+        raise ConfigError(f"codec.path = {str(path)!r}: not a readable safetensors file ({error})") from None
+    if header.pop("kind", None) != "linear":
+        raise ConfigError(f"codec.path = {str(path)!r}: not a linear codec")
+    config = CodecConfig(channels=header["channels"], stride=tuple(header["stride"]))
+    return LinearCodec(**arrays, config=config)
+
+
+def psnr(
+    a: Float[Array, "..."], b: Float[Array, "..."], axes: tuple[int, ...] | None = None
+) -> Float[Array, "..."]:
+    """Peak signal-to-noise ratio in dB of videos in [-1, 1], over `axes` (all by default); at most 100."""
+    return -10 * jnp.log10(jnp.maximum(jnp.mean(jnp.square((a - b) / 2), axis=axes), 1e-10))
