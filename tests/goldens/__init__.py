@@ -1,0 +1,1 @@
+"""Handlers of golden cases: each module here has `CASES`, see `tests/golden.py`."""
