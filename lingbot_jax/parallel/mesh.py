@@ -1,0 +1,88 @@
+"""The device mesh: `data` x `fsdp` x `seq` (paper section 3.3.3).
+
+    data   replicas of the model; across slices its steps travel over the data-centre network
+    fsdp   parameters, optimiser state and the batch (ZeRO-3)
+    seq    tokens of one sample (Ulysses, ring), and parameters again: they are sharded over fsdp x seq
+
+`seq` is the innermost axis, so the devices that exchange activations in every layer are neighbours.
+"""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+from jax.experimental import mesh_utils
+from jax.sharding import AxisType, Mesh
+
+from lingbot_jax.config import require
+
+DATA, FSDP, SEQ = "data", "fsdp", "seq"
+MESH_AXES = (DATA, FSDP, SEQ)
+BATCH_AXES = (DATA, FSDP)  # the batch dimension is split over both
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """Sizes of the mesh axes; at most one is -1, "the rest of the devices".
+
+    Attributes:
+      data: replicas; with several slices a multiple of their number. fsdp, seq: see the module.
+    """
+
+    data: int = 1
+    fsdp: int = -1
+    seq: int = 1
+
+    def __post_init__(self):
+        for name in MESH_AXES:
+            size = getattr(self, name)
+            require(size == -1 or size > 0, f"mesh.{name}", size, "must be positive, or -1 for the rest")
+        require(self.sizes.count(-1) <= 1, "mesh", self.sizes, "only one axis may be -1")
+
+    @property
+    def sizes(self) -> tuple[int, int, int]:
+        return (self.data, self.fsdp, self.seq)
+
+    def resolve(self, devices: int) -> "MeshConfig":
+        """Replaces -1 so that the product is `devices`.
+
+        Raises:
+          ConfigError: the product of the sizes is not, or does not divide, the number of devices.
+        """
+        known = math.prod(s for s in self.sizes if s != -1)
+        if -1 not in self.sizes:
+            require(known == devices, "mesh", self.sizes, f"product {known} must equal the {devices} devices")
+            return self
+        require(
+            devices % known == 0, "mesh", self.sizes, f"product {known} must divide the {devices} devices"
+        )
+        return MeshConfig(*(devices // known if s == -1 else s for s in self.sizes))
+
+
+def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """The mesh of `devices` (default: all), laid out for the network that connects them.
+
+    Devices of several slices (they carry `slice_index`) are joined along `data` only: everything that
+    happens inside a layer stays within a slice.
+
+    Raises:
+      ConfigError: sizes that do not fit the devices, or `data` not a multiple of the slices.
+    """
+    devices = list(jax.devices() if devices is None else devices)
+    config = config.resolve(len(devices))
+    slices = len({getattr(d, "slice_index", None) or 0 for d in devices})
+    if devices[0].platform != "tpu":
+        grid = np.array(devices).reshape(config.sizes)
+    elif slices > 1:
+        require(config.data % slices == 0, "mesh.data", config.data, f"must be a multiple of {slices} slices")
+        grid = mesh_utils.create_hybrid_device_mesh(
+            (config.data // slices, config.fsdp, config.seq),
+            (slices, 1, 1),
+            devices,
+            allow_split_physical_axes=True,
+        )
+    else:
+        grid = mesh_utils.create_device_mesh(config.sizes, devices, allow_split_physical_axes=True)
+    return Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))

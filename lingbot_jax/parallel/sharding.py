@@ -1,0 +1,205 @@
+"""Where every array lives: one table from logical axes to mesh axes (paper section 3.3.3).
+
+Parameters, their gradients and the optimiser state are sharded over `fsdp` x `seq` (ZeRO-3): no device
+holds a whole matrix between steps. A matrix is gathered, in the compute dtype, where it is used and its
+gradient is scattered again there (`gathered`). Activations keep batch over `data` x `fsdp` and the tokens
+*of each latent frame* over `seq`: `b t s d` with `s` split (`constrain_tokens`). So every device holds an
+equal part of every frame, per-frame modulation needs no communication, and block-causal attention is
+balanced by construction.
+
+Model code calls `gathered` and `constrain_tokens` unconditionally: they read the mesh that the caller
+entered with `jax.set_mesh(mesh)`, and without one they do nothing. A module never holds a mesh.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from lingbot_jax import axes as ax
+from lingbot_jax.config import ConfigError
+from lingbot_jax.parallel.mesh import BATCH_AXES, FSDP, SEQ
+
+T = TypeVar("T")
+Rules = Mapping[str, tuple[str, ...]]
+
+# Every logical axis stands here once. EMBED is a dimension of every large matrix, so splitting it alone
+# shards everything that weighs; one split dimension means one gather and one scatter a matrix.
+PARAMETER_RULES: Rules = {
+    ax.EMBED: (FSDP, SEQ),
+    ax.NORM: (FSDP, SEQ),
+    ax.LAYERS: (),  # scanned: a step of the scan needs its layer from every device
+    ax.HEADS: (),
+    ax.MLP: (),
+    ax.INPUT: (),
+    ax.OUTPUT: (),
+    ax.VOCAB: (),
+    ax.KERNEL: (),
+}
+
+
+def spec(axes: tuple[str | None, ...], rules: Rules = PARAMETER_RULES) -> PartitionSpec:
+    """Mesh axes of an array whose dimensions have these logical axes (None: not split).
+
+    Raises:
+      ConfigError: an axis that the table does not know, or one mesh axis for two dimensions.
+    """
+    used: dict[str, str] = {}
+    parts = []
+    for name in axes:
+        if name is not None and name not in rules:
+            raise ConfigError(f"axes = {axes}: {name!r} is not in the sharding table ({', '.join(rules)})")
+        mesh_axes = () if name is None else tuple(rules[name])
+        for mesh_axis in mesh_axes:
+            if mesh_axis in used:
+                raise ConfigError(
+                    f"axes = {axes}: {used[mesh_axis]!r} and {name!r} both map to mesh axis {mesh_axis!r}; "
+                    "name one of them differently"
+                )
+            used[mesh_axis] = name
+        parts.append(mesh_axes or None)
+    return PartitionSpec(*parts)
+
+
+def _axes_of(variable: nnx.Variable, rank: int) -> tuple[str | None, ...]:
+    axes = tuple(variable.get_metadata()["axes"])
+    if rank < len(axes):  # e.g. a scalar statistic an optimiser keeps in the place of a parameter
+        return (None,) * rank
+    return (ax.LAYERS,) * (rank - len(axes)) + axes
+
+
+def check_divides(name: str, size: int, mesh_axes: tuple[str, ...], mesh: Mesh) -> None:
+    """Raises ConfigError, with the numbers, unless the mesh axes split `size` evenly."""
+    unknown = [a for a in mesh_axes if a not in mesh.shape]
+    if unknown:
+        raise ConfigError(f"{name}: mesh axis {unknown[0]!r} is not one of {tuple(mesh.shape)}")
+    count = math.prod(mesh.shape[a] for a in mesh_axes)
+    if size % count:
+        raise ConfigError(f"{name}: {size} does not divide over {' x '.join(mesh_axes)} = {count} devices")
+
+
+def shardings(tree: T, mesh: Mesh, rules: Rules = PARAMETER_RULES) -> T:
+    """The tree with a NamedSharding for every array; works on abstract trees.
+
+    `tree` is a module, a part of one, an optimiser state or a whole training state: a leaf inside an
+    `nnx.Param` (optimisers keep that wrapper around their moments) is placed by its logical axes, any
+    other leaf (step counters) is replicated.
+
+    Raises:
+      ConfigError: see `spec`; also a dimension that its mesh axes do not divide, with the numbers.
+    """
+
+    def place(path, node):
+        if not isinstance(node, nnx.Variable):
+            return NamedSharding(mesh, PartitionSpec())
+
+        def leaf_sharding(leaf):
+            name = jax.tree_util.keystr(path, simple=True, separator=".")
+            parts = spec(_axes_of(node, len(leaf.shape)), rules)
+            for size, mesh_axes in zip(leaf.shape, parts, strict=True):
+                check_divides(f"{name} {tuple(leaf.shape)}", size, mesh_axes or (), mesh)
+            return NamedSharding(mesh, parts)
+
+        return jax.tree.map(leaf_sharding, node)
+
+    return jax.tree_util.tree_map_with_path(place, tree, is_leaf=lambda x: isinstance(x, nnx.Variable))
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Leading dimension over `data` x `fsdp`; for every array of a batch.
+
+    Latents stay whole over `seq`: a sample is megabytes, and latent frames (4n+1 of video) rarely divide.
+    The tokens made from them are split over `seq` by `constrain_tokens`.
+    """
+    return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
+
+
+def init_sharded(make: Callable[[jax.Array], T], mesh: Mesh, key: jax.Array) -> T:
+    """`make(key)` with every parameter created in its place: no device ever holds the whole model."""
+    placed = shardings(jax.eval_shape(make, key), mesh)
+    with jax.set_mesh(mesh):
+        return jax.jit(make, out_shardings=placed)(key)
+
+
+def specs_like(tree: Any, mesh: Mesh, rules: Rules = PARAMETER_RULES) -> Any:
+    """`tree` as ShapeDtypeStructs carrying their shardings: arguments of an ahead-of-time compilation, or
+    the template a checkpoint is restored onto."""
+    return jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        tree,
+        shardings(tree, mesh, rules),
+    )
+
+
+def _meshless() -> bool:
+    return jax.sharding.get_abstract_mesh().empty
+
+
+def gathered(parameter: nnx.Param, dtype: Any = None) -> jax.Array:
+    """The parameter's value in `dtype`, whole on every device for the operation that uses it.
+
+    The conversion comes first, so bytes of the compute dtype travel. Backward, the gradient is pinned to
+    the parameter's own sharding: the sum over devices becomes a reduce-scatter, and a whole gradient never
+    exists. Under rematerialisation the gather is repeated, not saved.
+    """
+    value = parameter[...]
+    dtype = value.dtype if dtype is None else dtype
+    if _meshless():
+        return value.astype(dtype)
+    parts = spec(_axes_of(parameter, value.ndim))
+
+    @jax.custom_vjp
+    def gather(local):
+        return jax.lax.with_sharding_constraint(local, PartitionSpec())
+
+    def forward(local):
+        return gather(local), None
+
+    def backward(_, gradient):
+        return (jax.lax.with_sharding_constraint(gradient, parts),)
+
+    gather.defvjp(forward, backward)
+    sharded = jax.lax.with_sharding_constraint(value.astype(dtype), parts)
+    return gather(sharded)
+
+
+def constrain_tokens(tokens: jax.Array) -> jax.Array:
+    """Pins activations `b t s ...` to batch over data x fsdp and each frame's tokens `s` over seq.
+
+    Raises:
+      ConfigError: the batch or a frame's tokens do not divide over their mesh axes, with the numbers.
+    """
+    if _meshless():
+        return tokens
+    mesh = jax.sharding.get_abstract_mesh()
+    check_divides("batch", tokens.shape[0], BATCH_AXES, mesh)
+    check_divides("tokens a latent frame", tokens.shape[2], (SEQ,), mesh)
+    rest = (None,) * (tokens.ndim - 3)
+    return jax.lax.with_sharding_constraint(tokens, PartitionSpec(BATCH_AXES, None, SEQ, *rest))
+
+
+def constrain_like(tree: T) -> T:
+    """Pins a tree of `nnx.Param`s (gradients, accumulated gradients) to the parameters' shardings."""
+    if _meshless():
+        return tree
+
+    def pin(node):
+        if not isinstance(node, nnx.Variable):
+            return node
+        return jax.tree.map(
+            lambda leaf: jax.lax.with_sharding_constraint(leaf, spec(_axes_of(node, leaf.ndim))), node
+        )
+
+    return jax.tree.map(pin, tree, is_leaf=lambda x: isinstance(x, nnx.Variable))
+
+
+def count_bytes(tree: Any) -> int:
+    """Bytes one device holds of a tree that carries shardings (jnp arrays or ShapeDtypeStructs)."""
+    return sum(
+        math.prod(leaf.sharding.shard_shape(leaf.shape)) * jnp.dtype(leaf.dtype).itemsize
+        for leaf in jax.tree.leaves(tree)
+    )

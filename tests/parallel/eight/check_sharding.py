@@ -1,0 +1,69 @@
+"""Placement on real (virtual) devices: initialisation, gathers, gradients."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from jax.sharding import PartitionSpec
+
+from lingbot_jax import axes as ax
+from lingbot_jax.config import ConfigError
+from lingbot_jax.models import params
+from lingbot_jax.parallel import sharding
+from lingbot_jax.parallel.mesh import MeshConfig, make_mesh
+
+
+class Block(nnx.Module):
+    def __init__(self, key):
+        self.up = params.param(key, (16, 24), (ax.EMBED, ax.MLP))
+        self.down = params.param(key, (24, 16), (ax.MLP, ax.EMBED))
+
+    def __call__(self, x):
+        x = sharding.constrain_tokens(x)
+        return x + jax.nn.silu(x @ sharding.gathered(self.up)) @ sharding.gathered(self.down)
+
+
+def loss(block, x):
+    return jnp.mean(block(x) ** 2)
+
+
+def test_eight_devices():
+    assert jax.device_count() == 8
+
+
+def test_init_is_sharded_and_equals_one_device():
+    mesh = make_mesh(MeshConfig(1, 4, 2))
+    key = jax.random.key(3)
+    block = sharding.init_sharded(Block, mesh, key)
+    assert block.up[...].sharding.spec == PartitionSpec(("fsdp", "seq"), None)
+    assert block.up[...].addressable_shards[0].data.shape == (2, 24)
+    np.testing.assert_allclose(block.up[...], Block(key).up[...], atol=1e-6)
+
+
+def test_gather_in_the_loss_scatter_in_the_gradient():
+    mesh = make_mesh(MeshConfig(2, 2, 2))
+    block = Block(jax.random.key(0))
+    x = jax.random.normal(jax.random.key(1), (4, 3, 6, 16))
+    want_loss, want = jax.value_and_grad(loss)(block, x)
+    placed = sharding.shardings(block, mesh)
+    with jax.set_mesh(mesh):
+        step = jax.jit(jax.value_and_grad(loss), in_shardings=(placed, sharding.batch_sharding(mesh)))
+        compiled = step.lower(block, x).compile()
+    block, x = jax.device_put((block, x), (placed, sharding.batch_sharding(mesh)))
+    got_loss, got = compiled(block, x)
+    np.testing.assert_allclose(got_loss, want_loss, rtol=1e-6)
+    assert got.up[...].sharding.is_equivalent_to(block.up[...].sharding, 2)
+    np.testing.assert_allclose(got.up[...], want.up[...], atol=1e-6)
+    np.testing.assert_allclose(got.down[...], want.down[...], atol=1e-6)
+    gathers = [line for line in compiled.as_text().splitlines() if " all-gather(" in line]
+    assert gathers and not any("f32[2,3,6" in line for line in gathers), "activations were gathered"
+
+
+def test_uneven_tokens_are_refused():
+    mesh = make_mesh(MeshConfig(1, 2, 4))
+    with jax.set_mesh(mesh):
+        with pytest.raises(ConfigError, match="tokens a latent frame: 6 does not divide over seq = 4"):
+            jax.eval_shape(Block(jax.random.key(0)), jnp.zeros((2, 3, 6, 16)))
+        with pytest.raises(ConfigError, match="batch: 3 does not divide over data x fsdp = 2"):
+            jax.eval_shape(Block(jax.random.key(0)), jnp.zeros((3, 3, 8, 16)))
