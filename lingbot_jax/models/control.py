@@ -1,0 +1,64 @@
+"""Camera and key control: tokens from packed control, and their injection into a block (paper section 3.3.2).
+
+Packed control is `b t h w C*stride^2`: all pixels under a latent pixel as channels (`control/plucker.py` makes
+it). All parameters of this file are adapters: the action stage trains them and nothing else.
+
+A freshly made injection has zero scale and shift layers, so that adding adapters to a trained model changes
+nothing until they are trained. Everything else is Xavier-uniform as published.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from lingbot_jax import axes as ax
+from lingbot_jax.config import DiTConfig
+from lingbot_jax.models.layers import Linear, Mlp, PatchEmbedding
+from lingbot_jax.models.params import zeros
+
+
+def is_adapter(path: tuple[Any, ...], value: Any) -> bool:
+    """Filter for `nnx.split`: True for the parameters of this file, which sit under a `control` attribute."""
+    del value
+    return "control" in path
+
+
+class ControlEmbedding(nnx.Module):
+    """Control tokens: linear over patches, then a residual two-layer SiLU MLP."""
+
+    def __init__(self, config: DiTConfig, key: jax.Array):
+        patch, mlp = jax.random.split(key)
+        self.patch = PatchEmbedding(patch, config.control_channels, config.dim, config.patch)
+        self.mlp = Mlp(mlp, (config.dim,) * 3, jax.nn.silu)
+
+    def __call__(self, control: Float[Array, "b t h w c"]) -> Float[Array, "b t p d"]:
+        tokens = self.patch(control)
+        return tokens + self.mlp(tokens)
+
+
+class ControlInjection(nnx.Module):
+    """Scale and shift of a block from control tokens; independent of the noise level."""
+
+    def __init__(self, config: DiTConfig, key: jax.Array):
+        mlp, scale, shift = jax.random.split(key, 3)
+        square = (config.dim, config.dim)
+        self.mlp = Mlp(mlp, (config.dim,) * 3, jax.nn.silu)
+        self.scale = Linear(scale, square, (ax.EMBED, ax.MLP), zeros)
+        self.shift = Linear(shift, square, (ax.EMBED, ax.MLP), zeros)
+
+    def __call__(
+        self, control: Float[Array, "b t p d"]
+    ) -> tuple[Float[Array, "b t p d"], Float[Array, "b t p d"]]:
+        hidden = control + self.mlp(control)
+        return self.scale(hidden), self.shift(hidden)
+
+
+def inject(
+    x: Float[Array, "b t p d"], scale: Float[Array, "b t p d"], shift: Float[Array, "b t p d"]
+) -> Float[Array, "b t p d"]:
+    """(1 + scale) x + shift, in float32."""
+    x32, scale, shift = (v.astype(jnp.float32) for v in (x, scale, shift))
+    return ((1 + scale) * x32 + shift).astype(x.dtype)

@@ -1,0 +1,315 @@
+"""WorldDiT: the velocity of noisy latents, given text, control, given frames and a noise level per frame.
+
+One network for training, cached generation and distillation: `attend` says what sees what, `positions` where
+the frames are in time, `precompute` takes out what does not depend on the noise level.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Float, Float32, Int
+
+from lingbot_jax import axes as ax
+from lingbot_jax.config import DiTConfig, require
+from lingbot_jax.models import rope
+from lingbot_jax.models.attention import KV, Attend, Context, CrossAttention, SelfAttention
+from lingbot_jax.models.control import ControlEmbedding, ControlInjection, inject
+from lingbot_jax.models.layers import (
+    LayerNorm,
+    Linear,
+    Mlp,
+    PatchEmbedding,
+    gelu,
+    layer_norm,
+    sinusoid,
+    unpatchify,
+)
+from lingbot_jax.models.params import normal, param, stack, zeros
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Condition:
+    """Everything the velocity depends on besides the noisy latent and its noise level.
+
+    Attributes:
+      text: `b l text_dim`, zero-padded text tokens.
+      control: `b t h w control_channels`, packed control (channel = c * stride^2 + stride * row + column);
+        None: the adapters are not applied.
+      mask: `b t h w mask_channels`, one where the pixel frame is given.
+      image: `b t h w latent_channels`, latent of the given frames followed by mid-grey ones.
+        Mask and image are there if and only if the model has `image_condition`.
+    """
+
+    text: Array
+    control: Array | None = None
+    mask: Array | None = None
+    image: Array | None = None
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class LayerCondition:
+    """The condition as one block uses it; in `Prepared` with a leading axis of layers.
+
+    Attributes:
+      text_keys, text_values: `b l h k`.
+      scale, shift: `b t p d` of the control injection, or None.
+    """
+
+    text_keys: Array
+    text_values: Array
+    scale: Array | None
+    shift: Array | None
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Prepared:
+    """A condition after `WorldDiT.precompute`: what every denoising step would compute again.
+
+    Attributes:
+      base: `b t p d` conditioning half of the patch embedding, or None without image conditioning.
+      layers: LayerCondition, stacked.
+    """
+
+    base: Array | None
+    layers: LayerCondition
+
+
+class TimeEmbedding(nnx.Module):
+    """Timestep -> embedding for the head and six modulation vectors for the blocks, all float32."""
+
+    def __init__(self, config: DiTConfig, key: jax.Array):
+        mlp, projection = jax.random.split(key)
+        sizes = (config.freq_dim, config.dim, config.dim)
+        self.mlp = Mlp(mlp, sizes, jax.nn.silu, ax.INPUT, normal(0.02))
+        self.projection = Linear(projection, (config.dim, 6 * config.dim), (ax.EMBED, ax.MLP))
+        self.features = config.freq_dim
+
+    def __call__(
+        self, timestep: Float[Array, "*n"]
+    ) -> tuple[Float32[Array, "*n d"], Float32[Array, "*n six d"]]:
+        embedded = self.mlp(sinusoid(timestep, self.features))
+        return embedded, self.projection(jax.nn.silu(embedded)).reshape(*timestep.shape, 6, -1)
+
+
+class Block(nnx.Module):
+    """Self-attention, control injection, cross-attention to text, feed-forward."""
+
+    def __init__(self, config: DiTConfig, key: jax.Array):
+        keys = jax.random.split(key, 5)
+        # Published initialisation of modulation: standard normal / sqrt(dim).
+        self.modulation = param(keys[0], (6, config.dim), (None, ax.NORM), normal(config.dim**-0.5))
+        self.self_attention = SelfAttention(config, keys[1])
+        self.cross_norm = LayerNorm(keys[2], config.dim, config.eps)
+        self.cross_attention = CrossAttention(config, keys[2])
+        self.ffn = Mlp(keys[3], (config.dim, config.ffn, config.dim), gelu)
+        if config.control != "none":
+            self.control = ControlInjection(config, keys[4])
+        self.config = config
+
+    def prepare(self, text: Float[Array, "b l d"], control: Float[Array, "b t p d"] | None) -> LayerCondition:
+        """What this block needs of the embedded text and the control tokens."""
+        scale, shift = (None, None) if control is None else self.control(control)
+        return LayerCondition(*self.cross_attention.text(text), scale, shift)
+
+    def __call__(
+        self,
+        x: Float[Array, "b t p d"],
+        time: Float32[Array, "b t #p 6 d"],
+        condition: LayerCondition,
+        table: rope.Rotary,
+        attend: Attend,
+        context: Context | None,
+    ) -> tuple[Float[Array, "b t p d"], tuple[Array, Array]]:
+        """Returns tokens, and the self-attention's keys (normed, not rotated) and values `b t p h k`."""
+        eps, dtype = self.config.eps, x.dtype
+        shift_a, scale_a, gate_a, shift_f, scale_f, gate_f = jnp.moveaxis(self.modulation + time, -2, 0)
+
+        y = (layer_norm(x, eps) * (1 + scale_a) + shift_a).astype(dtype)
+        y, kv = self.self_attention(y, table, attend, context)
+        x = (x + y * gate_a).astype(dtype)
+        if condition.scale is not None:
+            x = inject(x, condition.scale, condition.shift)
+        y = self.cross_norm(x).astype(dtype)
+        x = x + self.cross_attention(y, condition.text_keys, condition.text_values)
+        y = (layer_norm(x, eps) * (1 + scale_f) + shift_f).astype(dtype)
+        x = (x + self.ffn(y) * gate_f).astype(dtype)
+        return x, kv
+
+
+class Head(nnx.Module):
+    """Modulated norm and projection to patches of the velocity, in float32; zero at the start."""
+
+    def __init__(self, config: DiTConfig, key: jax.Array):
+        features = config.latent_channels * config.patch[1] * config.patch[2]
+        self.modulation = param(key, (2, config.dim), (None, ax.NORM), normal(config.dim**-0.5))
+        self.projection = Linear(key, (config.dim, features), (ax.EMBED, ax.OUTPUT), zeros)
+        self.eps = config.eps
+
+    def __call__(
+        self, x: Float[Array, "b t p d"], time: Float32[Array, "b t #p d"]
+    ) -> Float32[Array, "b t p o"]:
+        shift, scale = (row + time for row in self.modulation)
+        return self.projection(layer_norm(x, self.eps) * (1 + scale) + shift)
+
+
+def _rematerialised(body, policy: str):
+    """Wraps the body of the scan over layers; what each policy keeps between forward and backward:
+
+    none: everything. block: the input of each block. dots: outputs of the matrix products as well.
+    offload: the input of each block, in host memory.
+    """
+    policies = jax.checkpoint_policies
+    if policy == "none":
+        return body
+    keep = {
+        "block": policies.nothing_saveable,
+        "dots": policies.dots_with_no_batch_dims_saveable,
+        "offload": policies.save_and_offload_only_these_names(
+            names_which_can_be_saved=[],
+            names_which_can_be_offloaded=["block_input"],
+            offload_src="device",
+            offload_dst="pinned_host",
+        ),
+    }
+    # Inside a scan XLA cannot merge the recomputation with the forward pass, so CSE needs no barrier.
+    return jax.checkpoint(body, policy=keep[policy], prevent_cse=False)
+
+
+class WorldDiT(nnx.Module):
+    """One expert (paper section 3.2.1). A pure function of its parameters and inputs."""
+
+    def __init__(self, config: DiTConfig, key: jax.Array):
+        patch, text, time, control, blocks, head = jax.random.split(key, 6)
+        self.patch = PatchEmbedding(patch, config.in_channels, config.dim, config.patch)
+        self.text = Mlp(text, (config.text_dim, config.dim, config.dim), gelu, ax.INPUT, normal(0.02))
+        self.time = TimeEmbedding(config, time)
+        if config.control != "none":
+            self.control = ControlEmbedding(config, control)
+        self.blocks = stack(lambda k: Block(config, k), blocks, config.layers)
+        self.head = Head(config, head)
+        self.config = config
+
+    def _check(self, condition: Condition) -> None:
+        config = self.config
+        has = {name: getattr(condition, name) is not None for name in ("mask", "image", "control")}
+        for name in ("mask", "image"):
+            require(
+                has[name] == config.image_condition,
+                f"condition.{name}",
+                "given" if has[name] else None,
+                f"must be given exactly if model.image_condition, which is {config.image_condition}",
+            )
+        require(
+            config.control != "none" or not has["control"],
+            "condition.control",
+            "given",
+            "must be None for model.control = 'none'",
+        )
+        channels = {"text": config.text_dim, "mask": config.mask_channels, "image": config.latent_channels}
+        channels["control"] = config.control_channels
+        for name, expected in channels.items():
+            value = getattr(condition, name)
+            if value is not None:
+                require(
+                    value.shape[-1] == expected,
+                    f"condition.{name} channels",
+                    value.shape[-1],
+                    f"must be {expected}",
+                )
+
+    def embed_text(self, text: Float[Array, "b l c"]) -> Float[Array, "b l d"]:
+        return self.text(text.astype(self.config.dtype))
+
+    def embed_control(self, control: Float[Array, "b t h w c"] | None) -> Float[Array, "b t p d"] | None:
+        return None if control is None else self.control(control.astype(self.config.dtype))
+
+    def embed_given(self, condition: Condition) -> Float[Array, "b t p d"] | None:
+        """Conditioning half of the patch embedding: mask and given frames."""
+        if condition.image is None:
+            return None
+        given = jnp.concatenate([condition.mask, condition.image], -1).astype(self.config.dtype)
+        return self.patch.project(given, self.config.latent_channels)
+
+    def embed_latents(
+        self, latents: Float[Array, "b t h w c"], base: Float[Array, "b t p d"] | None
+    ) -> Float[Array, "b t p d"]:
+        """Tokens at the entry of the first block."""
+        tokens = self.patch(latents.astype(self.config.dtype))
+        return tokens if base is None else tokens + base
+
+    def precompute(self, condition: Condition) -> Prepared:
+        """Everything that does not depend on the noise level: pass it in place of the condition."""
+        self._check(condition)
+        text, control = self.embed_text(condition.text), self.embed_control(condition.control)
+        _, layers = jax.lax.scan(lambda _, block: (None, block.prepare(text, control)), None, self.blocks)
+        return Prepared(self.embed_given(condition), layers)
+
+    def __call__(
+        self,
+        latents: Float[Array, "b t h w c"],
+        timestep: Float[Array, "b t"] | Float[Array, "b t p"],
+        condition: Condition | Prepared,
+        *,
+        attend: Attend = Attend(),  # noqa: B008 - frozen
+        positions: Int[Array, "t"] | None = None,
+        return_kv: bool = False,
+    ) -> Float32[Array, "b t h w c"] | tuple[Float32[Array, "b t h w c"], KV]:
+        """Velocity (noise minus clean latent) of noisy latents.
+
+        Args:
+          latents: noisy latents; h and w are multiples of the patch.
+          timestep: 1000 x noise fraction, in [0, 1000], of each latent frame (or, rarely, of each token).
+          condition: as it is, or precomputed.
+          attend: what may attend to what, and how.
+          positions: latent frame indices for the rotary time axis; 0, 1, ... if None.
+          return_kv: also return the keys and values of all layers, to be cached.
+
+        Raises:
+          ConfigError: shapes that do not fit the model.
+        """
+        config = self.config
+        b, t, height, width, channels = latents.shape
+        _, rows, columns = config.patch
+        require(
+            channels == config.latent_channels,
+            "latents channels",
+            channels,
+            f"must be {config.latent_channels}",
+        )
+        require(height % rows == 0, "latents height", height, f"must be a multiple of the patch, {rows}")
+        require(width % columns == 0, "latents width", width, f"must be a multiple of the patch, {columns}")
+
+        if isinstance(condition, Prepared):
+            text = control = None
+            base, layers = condition.base, condition.layers
+        else:
+            self._check(condition)
+            text, control = self.embed_text(condition.text), self.embed_control(condition.control)
+            base, layers = self.embed_given(condition), None
+        if positions is None:
+            positions = jnp.arange(t, dtype=jnp.int32)
+        table = rope.rotary(positions, height // rows, width // columns, config.head_dim, config.rope_theta)
+        timestep = timestep[..., None] if timestep.ndim == 2 else timestep
+        head_time, block_time = self.time(timestep.astype(jnp.float32))
+
+        def body(x, layer):
+            block, prepared, cached = layer
+            x = checkpoint_name(x, "block_input")
+            prepared = block.prepare(text, control) if prepared is None else prepared
+            context = None if cached is None else attend.context.layer(*cached)
+            x, kv = block(x, block_time, prepared, table, attend, context)
+            return attend.constrain(x), kv if return_kv else None
+
+        cached = None if attend.context is None else (attend.context.keys, attend.context.values)
+        x = attend.constrain(self.embed_latents(latents, base))
+        x, kv = jax.lax.scan(_rematerialised(body, config.remat), x, (self.blocks, layers, cached))
+        velocity = unpatchify(self.head(x, head_time), height, width, config.patch)
+        if not return_kv:
+            return velocity
+        return velocity, KV(*(y.reshape(config.layers, b, -1, *y.shape[-2:]) for y in kv))
