@@ -12,10 +12,11 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Float32, Int
 
+from kernels_pallas.context import Context
 from lingbot_jax import axes as ax
 from lingbot_jax.config import DiTConfig, require
 from lingbot_jax.models import rope
-from lingbot_jax.models.attention import KV, Attend, Context, CrossAttention, SelfAttention
+from lingbot_jax.models.attention import KV, Attend, CrossAttention, SelfAttention
 from lingbot_jax.models.control import ControlEmbedding, ControlInjection, inject
 from lingbot_jax.models.layers import (
     LayerNorm,
@@ -28,6 +29,7 @@ from lingbot_jax.models.layers import (
     unpatchify,
 )
 from lingbot_jax.models.params import normal, param, stack, zeros
+from lingbot_jax.parallel.sharding import constrain_tokens, gathered
 
 
 @jax.tree_util.register_dataclass
@@ -128,7 +130,9 @@ class Block(nnx.Module):
     ) -> tuple[Float[Array, "b t p d"], tuple[Array, Array]]:
         """Returns tokens, and the self-attention's keys (normed, not rotated) and values `b t p h k`."""
         eps, dtype = self.config.eps, x.dtype
-        shift_a, scale_a, gate_a, shift_f, scale_f, gate_f = jnp.moveaxis(self.modulation + time, -2, 0)
+        shift_a, scale_a, gate_a, shift_f, scale_f, gate_f = jnp.moveaxis(
+            gathered(self.modulation) + time, -2, 0
+        )
 
         y = (layer_norm(x, eps) * (1 + scale_a) + shift_a).astype(dtype)
         y, kv = self.self_attention(y, table, attend, context)
@@ -154,7 +158,7 @@ class Head(nnx.Module):
     def __call__(
         self, x: Float[Array, "b t p d"], time: Float32[Array, "b t #p d"]
     ) -> Float32[Array, "b t p o"]:
-        shift, scale = (row + time for row in self.modulation)
+        shift, scale = (row + time for row in gathered(self.modulation))
         return self.projection(layer_norm(x, self.eps) * (1 + scale) + shift)
 
 
@@ -227,7 +231,7 @@ class WorldDiT(nnx.Module):
         return self.text(text.astype(self.config.dtype))
 
     def embed_control(self, control: Float[Array, "b t h w c"] | None) -> Float[Array, "b t p d"] | None:
-        return None if control is None else self.control(control.astype(self.config.dtype))
+        return None if control is None else constrain_tokens(self.control(control.astype(self.config.dtype)))
 
     def embed_given(self, condition: Condition) -> Float[Array, "b t p d"] | None:
         """Conditioning half of the patch embedding: mask and given frames."""
@@ -304,10 +308,10 @@ class WorldDiT(nnx.Module):
             prepared = block.prepare(text, control) if prepared is None else prepared
             context = None if cached is None else attend.context.layer(*cached)
             x, kv = block(x, block_time, prepared, table, attend, context)
-            return attend.constrain(x), kv if return_kv else None
+            return constrain_tokens(x), kv if return_kv else None
 
         cached = None if attend.context is None else (attend.context.keys, attend.context.values)
-        x = attend.constrain(self.embed_latents(latents, base))
+        x = constrain_tokens(self.embed_latents(latents, base))
         x, kv = jax.lax.scan(_rematerialised(body, config.remat), x, (self.blocks, layers, cached))
         velocity = unpatchify(self.head(x, head_time), height, width, config.patch)
         if not return_kv:

@@ -20,6 +20,7 @@ from jaxtyping import Array, Float, Float32
 from lingbot_jax import axes as ax
 from lingbot_jax.models.params import Initializer, ones, param, zeros
 from lingbot_jax.models.rope import cos_sin
+from lingbot_jax.parallel.sharding import gathered
 
 Activation = Callable[[jax.Array], jax.Array]
 
@@ -45,7 +46,7 @@ class Linear(nnx.Module):
         self.bias = param(key, sizes[1:], axes[1:], zeros)
 
     def __call__(self, x: Float[Array, "*n i"]) -> Float[Array, "*n o"]:
-        return x @ self.kernel.astype(x.dtype) + self.bias.astype(x.dtype)
+        return x @ gathered(self.kernel, x.dtype) + gathered(self.bias, x.dtype)
 
 
 class Mlp(nnx.Module):
@@ -84,7 +85,7 @@ class LayerNorm(nnx.Module):
         self.eps = eps
 
     def __call__(self, x: Float[Array, "*n d"]) -> Float32[Array, "*n d"]:
-        return layer_norm(x, self.eps) * self.gain + self.bias
+        return layer_norm(x, self.eps) * gathered(self.gain) + gathered(self.bias)
 
 
 class RMSNorm(nnx.Module):
@@ -96,7 +97,7 @@ class RMSNorm(nnx.Module):
 
     def __call__(self, x: Float[Array, "*n d"]) -> Float32[Array, "*n d"]:
         x = x.astype(jnp.float32)
-        return x * jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + self.eps) * self.gain
+        return x * jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + self.eps) * gathered(self.gain)
 
 
 def patchify(x: Float[Array, "b t h w c"], patch: tuple[int, int, int]) -> Float[Array, "b t p i"]:
@@ -128,11 +129,11 @@ class PatchEmbedding(nnx.Module):
 
     def project(self, x: Float[Array, "b t h w c"], first: int = 0) -> Float[Array, "b t p d"]:
         """Projects the channels `first : first + c` of the input, without the bias."""
-        kernel = self.kernel[:, first : first + x.shape[-1]].astype(x.dtype)
+        kernel = gathered(self.kernel, x.dtype)[:, first : first + x.shape[-1]]
         return patchify(x, self.patch) @ kernel.reshape(-1, kernel.shape[-1])
 
     def __call__(self, x: Float[Array, "b t h w c"]) -> Float[Array, "b t p d"]:
-        return self.project(x) + self.bias.astype(x.dtype)
+        return self.project(x) + gathered(self.bias, x.dtype)
 
 
 def sinusoid(timestep: Float[Array, "*n"], features: int) -> Float32[Array, "*n features"]:
