@@ -1,0 +1,269 @@
+"""The Wan 2.1 VAE as a codec: causal in time, stride (4, 8, 8), whole clips and streams by one code path.
+
+`encode` and `decode` of a whole clip are the stream functions over all of its frames: a `lax.scan` over
+latent frames with the caches of all causal convolutions as carry. Memory therefore does not grow with the
+length, beyond the video itself. Filling and the `opening` flag: see `vae_layers`.
+"""
+
+import dataclasses
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float
+
+from lingbot_jax.config import require
+from lingbot_jax.models.codec import CodecConfig, Stream
+from lingbot_jax.models.vae_layers import (
+    CausalConv,
+    Downsample,
+    Frames,
+    Linear,
+    Middle,
+    Opening,
+    Residual,
+    RMSNorm,
+    Upsample,
+)
+
+# fmt: off
+# Published moments of the 16 latent channels over the training videos.
+MEAN = (-0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508,
+        0.4134, -0.0715, 0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921)
+STD = (2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743,
+       3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160)
+# fmt: on
+
+
+@dataclasses.dataclass(frozen=True)
+class VAEConfig:
+    """Defaults are the published Wan 2.1 VAE.
+
+    Attributes:
+      width: channels at full resolution. mults: width of each level over it.
+      blocks: residual blocks a level (the decoder has one more).
+      time_strides: whether the step from each level to the next also halves the frame rate.
+      channels: latent channels. mean, std: of the raw latent; codec latents are (raw - mean) / std.
+      dtype: compute dtype. Norms and softmax are float32 always.
+    """
+
+    width: int = 96
+    mults: tuple[int, ...] = (1, 2, 4, 4)
+    blocks: int = 2
+    time_strides: tuple[bool, ...] = (False, True, True)
+    channels: int = 16
+    mean: tuple[float, ...] = MEAN
+    std: tuple[float, ...] = STD
+    dtype: Literal["float32", "bfloat16"] = "float32"
+
+    def __post_init__(self):
+        for name in ("width", "blocks", "channels"):
+            require(getattr(self, name) > 0, f"vae.{name}", getattr(self, name), "must be positive")
+        levels = len(self.mults)
+        require(
+            len(self.time_strides) == levels - 1,
+            "vae.time_strides",
+            self.time_strides,
+            f"needs one entry between each two of the {levels} levels of vae.mults",
+        )
+        for name in ("mean", "std"):
+            value = getattr(self, name)
+            require(len(value) == self.channels, f"vae.{name}", value, f"needs {self.channels} channels")
+        require(min(self.std) > 0, "vae.std", self.std, "must be positive")
+
+    @property
+    def stride(self) -> tuple[int, int, int]:
+        """Pixels of (time, height, width) of a latent pixel."""
+        space = 2 ** len(self.time_strides)
+        return (2 ** sum(self.time_strides), space, space)
+
+    latent_frames = CodecConfig.latent_frames  # needs nothing but `stride`
+
+
+class Encoder(nnx.Module):
+    """Video frames to raw latent moments (2z channels)."""
+
+    def __init__(self, config: VAEConfig, key: jax.Array):
+        keys = iter(jax.random.split(key, 64))
+        widths = [config.width * mult for mult in config.mults]
+        self.conv_in = CausalConv(3, config.width, next(keys))
+        layers, inputs = [], config.width
+        for level, outputs in enumerate(widths):
+            for _ in range(config.blocks):
+                layers.append(Residual(inputs, outputs, next(keys)))
+                inputs = outputs
+            if level < len(widths) - 1:
+                layers.append(Downsample(outputs, next(keys), time=config.time_strides[level]))
+        self.layers = nnx.List(layers)
+        self.middle = Middle(inputs, next(keys))
+        self.norm_out = RMSNorm(inputs, key)
+        self.conv_out = CausalConv(inputs, 2 * config.channels, next(keys))
+
+    def stream(self, batch: int, height: int, width: int, dtype: jnp.dtype) -> Stream:
+        """Caches before the first frame; height and width in pixels."""
+        cache = {"in": self.conv_in.stream(batch, height, width, dtype), "layers": []}
+        for layer in self.layers:
+            cache["layers"].append(layer.stream(batch, height, width, dtype))
+            if isinstance(layer, Downsample):
+                height, width = height // 2, width // 2
+        cache["middle"] = self.middle.stream(batch, height, width, dtype)
+        cache["out"] = self.conv_out.stream(batch, height, width, dtype)
+        return cache
+
+    def __call__(self, x: Frames, cache: Stream, opening: Opening) -> tuple[Frames, Stream]:
+        """One group of frames to the moments of one latent frame."""
+        new = {"layers": []}
+        x, new["in"] = self.conv_in(x, cache["in"], opening)
+        for layer, old in zip(self.layers, cache["layers"], strict=True):
+            x, later = layer(x, old, opening)
+            new["layers"].append(later)
+        x, new["middle"] = self.middle(x, cache["middle"], opening)
+        x, new["out"] = self.conv_out(jax.nn.silu(self.norm_out(x)), cache["out"], opening)
+        return x, new
+
+
+class Decoder(nnx.Module):
+    """Raw latents (z channels) to video frames."""
+
+    def __init__(self, config: VAEConfig, key: jax.Array):
+        keys = iter(jax.random.split(key, 64))
+        widths = [config.width * mult for mult in reversed(config.mults)]
+        self.conv_in = CausalConv(config.channels, widths[0], next(keys))
+        self.middle = Middle(widths[0], next(keys))
+        layers, inputs = [], widths[0]
+        for level, outputs in enumerate(widths):
+            for _ in range(config.blocks + 1):
+                layers.append(Residual(inputs, outputs, next(keys)))
+                inputs = outputs
+            if level < len(widths) - 1:
+                layers.append(Upsample(outputs, next(keys), time=config.time_strides[::-1][level]))
+                inputs = outputs // 2
+        self.layers = nnx.List(layers)
+        self.norm_out = RMSNorm(inputs, key)
+        self.conv_out = CausalConv(inputs, 3, next(keys))
+
+    def stream(self, batch: int, height: int, width: int, dtype: jnp.dtype) -> Stream:
+        """Caches before the first frame; height and width in latent pixels."""
+        cache = {"in": self.conv_in.stream(batch, height, width, dtype), "layers": []}
+        cache["middle"] = self.middle.stream(batch, height, width, dtype)
+        for layer in self.layers:
+            cache["layers"].append(layer.stream(batch, height, width, dtype))
+            if isinstance(layer, Upsample):
+                height, width = height * 2, width * 2
+        cache["out"] = self.conv_out.stream(batch, height, width, dtype)
+        return cache
+
+    def bottom(self, x: Frames, cache: Stream, opening: Opening) -> tuple[Frames, Stream]:
+        """The part at latent resolution."""
+        x, conv_in = self.conv_in(x, cache["in"], opening)
+        x, middle = self.middle(x, cache["middle"], opening)
+        return x, {"in": conv_in, "middle": middle}
+
+    def __call__(self, x: Frames, cache: Stream, opening: Opening) -> tuple[Frames, Stream]:
+        """One latent frame to one group of frames."""
+        x, new = self.bottom(x, cache, opening)
+        new["layers"] = []
+        for layer, old in zip(self.layers, cache["layers"], strict=True):
+            x, later = layer(x, old, opening)
+            new["layers"].append(later)
+        x, new["out"] = self.conv_out(jax.nn.silu(self.norm_out(x)), cache["out"], opening)
+        return x, new
+
+
+class WanVAE(nnx.Module):
+    """The codec. Methods are pure; see `codec.Codec` for the interface."""
+
+    def __init__(self, config: VAEConfig, key: jax.Array):
+        keys = jax.random.split(key, 4)
+        self.config = config
+        self.encoder = Encoder(config, keys[0])
+        self.moments = Linear(2 * config.channels, 2 * config.channels, keys[1])
+        self.unmoments = Linear(config.channels, config.channels, keys[2])
+        self.decoder = Decoder(config, keys[3])
+
+    def encode(self, video: Float[Array, "b f h w 3"]) -> Float[Array, "b t hl wl c"]:
+        """Video in [-1, 1] of 4n+1 frames to normalised latents: the mean of the posterior."""
+        batch, _, height, width, _ = video.shape
+        return self.encode_chunk(video, self.init_encode_stream(batch, height, width), first=True)[0]
+
+    def decode(self, latents: Float[Array, "b t hl wl c"]) -> Float[Array, "b f h w 3"]:
+        """Normalised latents to video, clipped to [-1, 1]; f = 4 (t - 1) + 1."""
+        batch, _, height, width, _ = latents.shape
+        return self.decode_chunk(latents, self.init_stream(batch, height, width), first=True)[0]
+
+    def init_stream(self, batch: int, height: int, width: int) -> Stream:
+        """The state before the first chunk of a decode; height and width in latent pixels."""
+        return self.decoder.stream(batch, height, width, jnp.dtype(self.config.dtype))
+
+    def init_encode_stream(self, batch: int, height: int, width: int) -> Stream:
+        """The state before the first chunk of an encode; height and width in pixels.
+
+        Raises:
+          ConfigError: they are not multiples of the stride.
+        """
+        stride = self.config.stride
+        for name, size, step in (("height", height, stride[1]), ("width", width, stride[2])):
+            require(size % step == 0, f"video {name}", size, f"must be a multiple of {step}")
+        return self.encoder.stream(batch, height, width, jnp.dtype(self.config.dtype))
+
+    def encode_chunk(
+        self, video: Float[Array, "b f h w 3"], stream: Stream, *, first: bool
+    ) -> tuple[Float[Array, "b t hl wl c"], Stream]:
+        """Encodes the next frames: 4t, or 4(t - 1) + 1 where `first` (static) says that they open the stream.
+
+        Raises:
+          ConfigError: another number of frames.
+        """
+        group = self.config.stride[0]
+        filling = jnp.zeros_like(video, shape=(video.shape[0], group - 1, *video.shape[2:]))
+        if first:
+            self.config.latent_frames(video.shape[1])
+            video = jnp.concatenate([filling, video], axis=1)
+        require(video.shape[1] % group == 0, "frames", video.shape[1], f"must be a multiple of {group}")
+        groups = video.reshape(video.shape[0], -1, group, *video.shape[2:]).astype(self.config.dtype)
+
+        def step(cache, inputs):
+            moments, cache = self.encoder(*self._inputs(inputs, cache))
+            return cache, moments[:, 0]
+
+        stream, moments = jax.lax.scan(step, stream, self._scanned(groups, first))
+        mean, std = self._statistics()
+        raw = self.moments(jnp.moveaxis(moments, 0, 1)).astype(jnp.float32)[..., : self.config.channels]
+        return (raw - mean) / std, stream
+
+    def decode_chunk(
+        self, latents: Float[Array, "b t hl wl c"], stream: Stream, *, first: bool
+    ) -> tuple[Float[Array, "b f h w 3"], Stream]:
+        """Decodes the next latent frames into 4t frames, or 4(t - 1) + 1 where `first` (static) is set."""
+        frames, stream = self.decode_raw(latents, stream, first=first)
+        return jnp.clip(frames, -1.0, 1.0), stream
+
+    def decode_raw(
+        self, latents: Float[Array, "b t hl wl c"], stream: Stream, *, first: bool
+    ) -> tuple[Float[Array, "b f h w 3"], Stream]:
+        """`decode_chunk` without the clipping."""
+        mean, std = self._statistics()
+        raw = self.unmoments((latents * std + mean).astype(self.config.dtype))[:, :, None]
+
+        def step(cache, inputs):
+            frames, cache = self.decoder(*self._inputs(inputs, cache))
+            return cache, frames.astype(jnp.float32)
+
+        stream, groups = jax.lax.scan(step, stream, self._scanned(raw, first))
+        batch, group = latents.shape[0], self.config.stride[0]
+        frames = jnp.moveaxis(groups, 0, 1).reshape(batch, -1, *groups.shape[3:])
+        return frames[:, group - 1 :] if first else frames, stream
+
+    def _statistics(self) -> tuple[np.ndarray, np.ndarray]:
+        return np.float32(self.config.mean), np.float32(self.config.std)
+
+    def _scanned(self, groups: Float[Array, "b n t h w c"], first: bool):
+        """Scan inputs: groups, and the opening flag where there can be an opening."""
+        leading = jnp.moveaxis(groups, 1, 0)
+        return (leading, jnp.arange(len(leading)) == 0) if first else (leading, None)
+
+    def _inputs(self, inputs, cache: Stream):
+        frames, opening = inputs
+        return frames, cache, opening
