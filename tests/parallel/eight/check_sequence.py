@@ -1,0 +1,118 @@
+"""Ulysses, ring and both on eight devices equal attention on one: output and gradients, float32."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from kernels_pallas.context import Context, valid_slots
+from kernels_pallas.mask import Mask
+from kernels_pallas.reference import attention
+from lingbot_jax.config import ConfigError
+from lingbot_jax.parallel.mesh import MeshConfig, make_mesh
+from lingbot_jax.parallel.sequence import PLAIN, SequenceAttention
+
+FRAMES, FRAME, HEADS, SIZE = 6, 16, 8, 8
+TOKENS = FRAMES * FRAME
+MASKS = {
+    "full": None,
+    "block_causal": Mask.block_causal(TOKENS, 2 * FRAME),
+    "window_sink": Mask.block_causal(TOKENS, 2 * FRAME, window=4 * FRAME, sink=FRAME),
+}
+
+
+def arrays(batch):
+    keys = jax.random.split(jax.random.key(0), 4)
+    return [jax.random.normal(key, (batch, FRAMES, FRAME, HEADS, SIZE)) for key in keys]
+
+
+def oracle(q, k, v, mask):
+    flat = [x.reshape(x.shape[0], TOKENS, HEADS, SIZE) for x in (q, k, v)]
+    return attention(*flat, mask).reshape(q.shape)
+
+
+def with_gradients(function):
+    def scalar(q, k, v, weight):
+        out = function(q, k, v)
+        return (out * weight).sum(), out
+
+    return jax.jit(jax.value_and_grad(scalar, argnums=(0, 1, 2), has_aux=True))
+
+
+@functools.cache
+def want(batch, mask):
+    return with_gradients(lambda q, k, v: oracle(q, k, v, MASKS[mask]))(*arrays(batch))
+
+
+@pytest.mark.parametrize(
+    "sizes, ulysses, mask",
+    [
+        ((1, 1, 8), 8, "full"),
+        ((1, 1, 8), 8, "block_causal"),
+        ((1, 1, 8), 1, "full"),
+        ((1, 1, 8), 1, "block_causal"),
+        ((1, 1, 8), 4, "full"),
+        ((1, 1, 8), 2, "block_causal"),
+        ((2, 2, 2), 1, "window_sink"),
+        ((1, 2, 4), 4, "window_sink"),
+    ],
+)
+def test_equals_one_device(sizes, ulysses, mask):
+    mesh = make_mesh(MeshConfig(*sizes))
+    batch = sizes[0] * sizes[1]
+    parallel = SequenceAttention(mesh, HEADS, FRAME, PLAIN, ulysses)
+    (_, want_out), want_gradients = want(batch, mask)
+    (_, out), gradients = with_gradients(lambda q, k, v: parallel(q, k, v, MASKS[mask]))(*arrays(batch))
+    np.testing.assert_allclose(out, want_out, atol=2e-6)
+    for name, got, wanted in zip("qkv", gradients, want_gradients, strict=True):
+        np.testing.assert_allclose(got, wanted, atol=5e-6, err_msg=f"gradient of {name}")
+
+
+def test_every_device_sees_the_striped_mask():
+    """The mask of one ring step, against the global mask at the tokens the two devices really hold."""
+    mask = MASKS["window_sink"]
+    parallel = SequenceAttention(make_mesh(MeshConfig(1, 1, 8)), HEADS, FRAME, PLAIN, 1)
+    local = parallel.local_mask(mask).dense()
+    index = np.arange(TOKENS).reshape(FRAMES, 8, FRAME // 8)
+    for queries in range(8):
+        for keys in range(8):
+            rows, columns = index[:, queries].ravel(), index[:, keys].ravel()
+            np.testing.assert_array_equal(mask.dense()[np.ix_(rows, columns)], local)
+
+
+def test_a_cache_is_read_by_ulysses_and_refused_by_a_ring():
+    q, k, v, _ = arrays(batch=1)
+    slots = jax.random.normal(jax.random.key(5), (2, 1, 24, HEADS, SIZE))
+    context = Context(*slots, valid_slots((0, 4), (10, 24)))
+    mesh = make_mesh(MeshConfig(1, 1, 8))
+    got = jax.jit(SequenceAttention(mesh, HEADS, FRAME, PLAIN, 8))(q, k, v, None, context)
+    flat = [x.reshape(1, TOKENS, HEADS, SIZE) for x in (q, k, v)]
+    np.testing.assert_allclose(got, attention(*flat, context=context).reshape(q.shape), atol=2e-6)
+    with pytest.raises(ConfigError, match="must be all 8 devices of the seq axis"):
+        SequenceAttention(mesh, HEADS, FRAME, PLAIN, 2)(q, k, v, None, context)
+
+
+def test_uneven_counts_are_refused_at_the_start():
+    mesh = make_mesh(MeshConfig(1, 1, 8))
+    with pytest.raises(ConfigError, match="tokens a latent frame: 12 does not divide over seq = 8"):
+        SequenceAttention(mesh, HEADS, 12, PLAIN)
+    with pytest.raises(ConfigError, match="heads = 12: must divide over a Ulysses group of 8 devices"):
+        SequenceAttention(mesh, 12, FRAME, PLAIN, 8)
+    with pytest.raises(ConfigError, match="ulysses = 3: must divide the 8 devices"):
+        SequenceAttention(mesh, 12, FRAME, PLAIN, 3)
+    assert SequenceAttention(mesh, 12, FRAME, PLAIN).ulysses == 4
+    with pytest.raises(ConfigError, match="mask = 24: its boundaries must be multiples of the 16"):
+        parallel = SequenceAttention(mesh, HEADS, FRAME, PLAIN)
+        jax.eval_shape(lambda x: parallel(x, x, x, Mask.block_causal(96, 24)), jnp.zeros((1, 6, 16, 8, 8)))
+
+
+def test_the_ring_overlaps_and_does_not_gather():
+    """Compiled: keys and values travel by permutes, q by nothing, and no array of all tokens exists."""
+    mesh = make_mesh(MeshConfig(1, 1, 8))
+    parallel = SequenceAttention(mesh, HEADS, FRAME, PLAIN, 1)
+    x = jax.ShapeDtypeStruct((1, FRAMES, FRAME, HEADS, SIZE), jnp.float32)
+    text = jax.jit(lambda q, k, v: parallel(q, k, v, None)).lower(x, x, x).compile().as_text()
+    assert "collective-permute" in text
+    assert "all-to-all" not in text
