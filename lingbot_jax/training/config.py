@@ -1,0 +1,192 @@
+"""The training experiment as frozen dataclasses. Every field is read; an unknown one is refused."""
+
+import dataclasses
+from typing import Literal
+
+from lingbot_jax.config import DiTConfig, require
+from lingbot_jax.models.codec import CodecConfig
+
+Stage = Literal["world", "action"]
+Expert = Literal["single", "high", "low"]
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """Attributes:
+    path: a data set directory made by experiments.collect. frames: video frames a window, 4n+1.
+    batch: windows a step, over all processes. threads: loader threads. max_bad_records: skipped before
+    the run fails. caption: which caption of a clip becomes its prompt.
+    """
+
+    path: str
+    frames: int = 81
+    batch: int = 64
+    threads: int = 2
+    max_bad_records: int = 10
+    caption: Literal["narrative", "static"] = "static"
+
+    def __post_init__(self):
+        require(self.batch > 0, "data.batch", self.batch, "must be positive")
+        require(self.frames > 0, "data.frames", self.frames, "must be positive")
+
+
+@dataclasses.dataclass(frozen=True)
+class PoseConfig:
+    """How camera poses become control (FACTS: published worlds use previous and max_norm).
+
+    Attributes:
+      reference: poses relative to the first latent frame of the clip, or each to the one before.
+      translation: `max_norm` divides a clip's translations by the largest (scale-free recordings);
+        `metric` keeps them (one game, one scale).
+    """
+
+    reference: Literal["first", "previous"] = "previous"
+    translation: Literal["max_norm", "metric"] = "max_norm"
+
+
+@dataclasses.dataclass(frozen=True)
+class TaskConfig:
+    """The multi-task mixture (paper section 3.3.1) and dropout of conditions for guidance.
+
+    Attributes:
+      continuation: probability that a sample continues given frames instead of a single image.
+      max_given: latent frames given at most in a continuation; uniform in 2..max_given.
+      text_dropout, control_dropout: probability that a sample's text or control is zeroed.
+    """
+
+    continuation: float = 0.3
+    max_given: int = 5
+    text_dropout: float = 0.1
+    control_dropout: float = 0.0
+
+    def __post_init__(self):
+        for name in ("continuation", "text_dropout", "control_dropout"):
+            require(0 <= getattr(self, name) <= 1, f"tasks.{name}", getattr(self, name), "must be in [0, 1]")
+        require(self.max_given >= 2, "tasks.max_given", self.max_given, "must be at least 2 latent frames")
+
+
+@dataclasses.dataclass(frozen=True)
+class FlowConfig:
+    """Attributes:
+    shift: of the timestep distribution (FACTS section 3); rises with duration. boundary: noise level where
+    the high-noise expert takes over; one field for training and sampling.
+    """
+
+    shift: float = 5.0
+    boundary: float = 0.947
+
+    def __post_init__(self):
+        require(self.shift > 0, "flow.shift", self.shift, "must be positive")
+        require(0 < self.boundary < 1, "flow.boundary", self.boundary, "must be between 0 and 1")
+
+    def region(self, expert: Expert) -> tuple[float, float]:
+        """Noise levels that an expert is trained on."""
+        return {"single": (0.0, 1.0), "high": (self.boundary, 1.0), "low": (0.0, self.boundary)}[expert]
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW with linear warm-up, then constant or cosine to zero at the last step; clipped by global norm."""
+
+    learning_rate: float = 1e-5
+    warmup: int = 100
+    decay: Literal["constant", "cosine"] = "constant"
+    b1: float = 0.9
+    b2: float = 0.999
+    weight_decay: float = 0.01
+    clip: float = 1.0
+    ema: float = 0.999
+    accumulate: int = 1
+
+    def __post_init__(self):
+        require(self.learning_rate > 0, "optimizer.learning_rate", self.learning_rate, "must be positive")
+        require(self.accumulate > 0, "optimizer.accumulate", self.accumulate, "must be positive")
+        require(0 <= self.ema < 1, "optimizer.ema", self.ema, "must be in [0, 1)")
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointConfig:
+    """Attributes:
+    every: steps between checkpoints. keep: newest checkpoints kept; 2 or more, so that one cut off is survived.
+    """
+
+    every: int = 500
+    keep: int = 3
+
+    def __post_init__(self):
+        require(self.every > 0, "checkpoint.every", self.every, "must be positive")
+        require(self.keep >= 2, "checkpoint.keep", self.keep, "must be at least 2")
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """One training run.
+
+    Attributes:
+      run: the run directory; running the same command again resumes it.
+      stage: `world` trains every parameter; `action` the control adapters only (paper section 3.3.2).
+      expert: which noise region is trained. init: a run directory whose EMA parameters start this run.
+      codec: path of the codec file. log_every: steps between lines in metrics.jsonl.
+    """
+
+    run: str
+    stage: Stage
+    steps: int
+    model: DiTConfig
+    data: DataConfig
+    codec: str
+    seed: int = 0
+    expert: Expert = "single"
+    init: str | None = None
+    pose: PoseConfig = PoseConfig()
+    tasks: TaskConfig = TaskConfig()
+    flow: FlowConfig = FlowConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    log_every: int = 10
+
+    def __post_init__(self):
+        require(self.steps > 0, "steps", self.steps, "must be positive")
+        require(self.log_every > 0, "log_every", self.log_every, "must be positive")
+        require(
+            self.data.batch % self.optimizer.accumulate == 0,
+            "optimizer.accumulate",
+            self.optimizer.accumulate,
+            f"must divide data.batch = {self.data.batch}",
+        )
+        require(
+            self.stage != "action" or self.model.control != "none",
+            "model.control",
+            self.model.control,
+            "stage action trains the control adapters: choose cam, act or cam_act",
+        )
+
+    def check_codec(self, codec: CodecConfig) -> None:
+        """Refuses a codec that does not fit the model or the windows. Raises ConfigError."""
+        model, frames = self.model, self.data.frames
+        require(
+            codec.channels == model.latent_channels,
+            "model.latent_channels",
+            model.latent_channels,
+            f"the codec {self.codec} has {codec.channels}",
+        )
+        require(
+            codec.stride[0] == model.mask_channels,
+            "model.mask_channels",
+            model.mask_channels,
+            f"must be the codec's temporal stride {codec.stride[0]}",
+        )
+        require(
+            codec.stride[1] == codec.stride[2] == model.spatial_stride,
+            "model.spatial_stride",
+            model.spatial_stride,
+            f"the codec's spatial stride is {codec.stride[1:]}",
+        )
+        require(frames % codec.stride[0] == 1, "data.frames", frames, f"must be {codec.stride[0]}n + 1")
+        latent = codec.latent_frames(frames)
+        require(
+            self.tasks.max_given < latent,
+            "tasks.max_given",
+            self.tasks.max_given,
+            f"must leave something to predict of {latent} latent frames",
+        )
