@@ -34,14 +34,9 @@ def validate(c2w: object, field: str = "poses") -> Poses:
     _each(np.isfinite(array).all((1, 2)), field, array, "must be finite")
     _each((array[:, 3] == [0, 0, 0, 1]).all(1), f"{field}.row3", array[:, 3], "must be 0 0 0 1")
     off = np.abs(rotation.transpose(0, 2, 1) @ rotation - np.eye(3)).max((1, 2))
-    _each(
-        off <= RIGID,
-        f"{field}.rotation",
-        off,
-        "is the deviation of R^T R from the identity; remove any scale",
-    )
+    _each(off <= RIGID, f"{field}.orthogonality_error", off, f"must be at most {RIGID}; is it scaled?")
     det = np.linalg.det(rotation)
-    _each(det > 0, f"{field}.rotation", det, "is the determinant; must be +1 (this is a mirror image)")
+    _each(det > 0, f"{field}.determinant", det, "must be +1; is an axis mirrored?")
     return array
 
 
@@ -51,7 +46,7 @@ def _each(ok: np.ndarray, field: str, value: np.ndarray, allowed: str) -> None:
         return
     frame = int(np.argmin(ok))
     name, _, part = field.partition(".")
-    shown = np.array2string(np.asarray(value[frame]), precision=4, separator=" ").replace("\n", "")
+    shown = " ".join(f"{x:.4g}" for x in np.ravel(value[frame]))
     raise ConfigError(f"{name}[{frame}]{'.' * bool(part)}{part} = {shown}: {allowed}")
 
 
@@ -228,5 +223,5 @@ def _read(path: Path) -> np.ndarray:
         )
     try:
         return np.load(path, allow_pickle=False)
-    except ValueError as error:
+    except (ValueError, EOFError) as error:
         raise ConfigError(f"{path}: not a plain .npy array ({error})") from error
