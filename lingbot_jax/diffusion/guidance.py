@@ -34,8 +34,10 @@ class Guidance:
         for name in ("low", "high"):
             require(getattr(self, name) >= 1.0, f"guidance.{name}", getattr(self, name), "must be >= 1")
 
-
-NONE = Guidance(1.0, 1.0)
+    @property
+    def guided(self) -> bool:
+        """Whether any step needs an unconditional prediction."""
+        return self.low != 1.0 or self.high != 1.0
 
 
 def combine(cond: Velocity, uncond: Velocity, scale: float) -> Velocity:

@@ -46,6 +46,7 @@ class SampleConfig:
         require(self.shift > 0, "sample.shift", self.shift, "must be positive")
 
 
+@functools.partial(jax.jit, static_argnames=("latent_frames",))
 def given_frames(
     codec: Codec, frames: Float[Array, "b k H W 3"], latent_frames: int
 ) -> tuple[Float[Array, "b t h w s"], Latents]:
@@ -88,11 +89,10 @@ def denoise(
       condition: what to generate. unconditional: the same with the negative text; None exactly when no
         scale differs from 1.
     """
-    scales = (config.guidance.high, config.guidance.low)
     require(
-        (unconditional is None) == (scales == (1.0, 1.0)),
+        (unconditional is not None) == config.guidance.guided,
         "guidance",
-        scales,
+        config.guidance,
         "an unconditional branch is needed exactly when a scale is not 1",
     )
     table = solvers.make(config.solver, config.steps, config.shift)
@@ -121,19 +121,41 @@ def denoise(
 def _clip(
     model: WorldDiT,
     codec: Codec,
-    frames: Float[Array, "b k H W 3"],
-    control: Float[Array, "b t h w p"] | None,
-    texts: tuple[Float[Array, "b l d"], Float[Array, "b l d"] | None],
     noise: Latents,
+    condition: Condition,
+    unconditional: Condition | None,
     config: SampleConfig,
 ) -> Float[Array, "b f H W 3"]:
-    """Given frames, control, texts and noise to video: one compiled program."""
-    mask, image = given_frames(codec, frames, noise.shape[1])
-    condition, unconditional = (
-        None if text is None else Condition(text=text, control=control, mask=mask, image=image)
-        for text in texts
-    )
     return codec.decode(denoise(model, noise, condition, unconditional, config))
+
+
+def sample_clips(
+    model: WorldDiT,
+    codec: Codec,
+    text_encoder: TextEncoder,
+    condition: Condition,
+    config: SampleConfig,
+    *,
+    seed: int = 0,
+    indices: Sequence[int] | None = None,
+) -> Float[Array, "b f H W 3"]:
+    """Samples one clip per row of a condition; all steps and the decoder are one compiled program.
+
+    Args:
+      condition: with an image (`given_frames`), whose size is the size of the clip.
+      seed, indices: sample i draws its noise from (seed, indices[i]); default 0, 1, 2...
+    Returns:
+      Video in [-1, 1], on the device. Repeated calls of the same sizes run the same compiled program.
+    """
+    batch = condition.text.shape[0]
+    unconditional = None
+    if config.guidance.guided:
+        text = text_encoder.encode([config.negative_prompt] * batch)
+        unconditional = dataclasses.replace(condition, text=jnp.asarray(text))
+    noise = draw_noise(
+        seed, jnp.asarray(range(batch) if indices is None else indices), condition.image.shape[1:]
+    )
+    return _clip(model, codec, noise, condition, unconditional, config)
 
 
 def generate(
@@ -149,17 +171,13 @@ def generate(
     seed: int = 0,
     indices: Sequence[int] | None = None,
 ) -> Float[Array, "b f H W 3"]:
-    """Generates one clip per prompt.
+    """Generates one clip per prompt from given frames, control and text; see `sample_clips`.
 
     Args:
       frames: given video frames, uint8 or float in [-1, 1]: one image, or the k frames to continue.
       control: packed control of every latent frame (`control.plucker.control`); None for models without.
       latent_frames: t; the video has stride * (t - 1) + 1 frames.
-      seed, indices: sample i draws its noise from (seed, indices[i]); default 0, 1, 2...
-    Returns:
-      Video in [-1, 1], on the device. Repeated calls of the same sizes run the same compiled program.
     """
-    frames = to_float(frames)
     stride = codec.config.stride
     batch, _, height, width, _ = frames.shape
     require(
@@ -172,12 +190,10 @@ def generate(
     if control is not None:
         require(control.shape[1] == latent_frames, "control", control.shape, f"needs t = {latent_frames}")
         control = jnp.asarray(control)
-    guided = (config.guidance.high, config.guidance.low) != (1.0, 1.0)
-    negative = jnp.asarray(text_encoder.encode([config.negative_prompt] * batch)) if guided else None
-    texts = (jnp.asarray(text_encoder.encode(list(prompts))), negative)
-    shape = (latent_frames, height // stride[1], width // stride[2], codec.config.channels)
-    noise = draw_noise(seed, jnp.asarray(range(batch) if indices is None else indices), shape)
-    return _clip(model, codec, frames, control, texts, noise, config)
+    mask, image = given_frames(codec, to_float(frames), latent_frames)
+    text = jnp.asarray(text_encoder.encode(list(prompts)))
+    condition = Condition(text=text, control=control, mask=mask, image=image)
+    return sample_clips(model, codec, text_encoder, condition, config, seed=seed, indices=indices)
 
 
 def to_float(frames: Shaped[Array, "..."] | np.ndarray) -> Float[Array, "..."]:
