@@ -33,8 +33,8 @@ def yaw_signs(
     agree = total = 0
     for start in range(1, len(video) - span + 1, span):
         part = slice(start, start + span)
-        left, right = held["j"][part].all(), held["l"][part].all()
-        if left == right or held["a"][part].any() or held["d"][part].any():
+        left, right = held["J"][part].all(), held["L"][part].all()
+        if left == right or held["A"][part].any() or held["D"][part].any():
             continue
         total += 1
         agree += (flow[part].sum() > 0) == left
