@@ -213,7 +213,11 @@ def load(folder: str | Path) -> tuple[Poses, Float64[np.ndarray, "f 4"]]:
     """
     folder = Path(folder)
     c2w = validate(_read(folder / "poses.npy"), "poses")
-    return c2w, validate_intrinsics(_read(folder / "intrinsics.npy"), len(c2w))
+    intrinsics = _read(folder / "intrinsics.npy")
+    # Recordings with one intrinsics row fewer than poses are common; equal rows need no count.
+    if intrinsics.ndim == 2 and len(intrinsics) and (intrinsics == intrinsics[0]).all():
+        intrinsics = intrinsics[0]
+    return c2w, validate_intrinsics(intrinsics, len(c2w))
 
 
 def _read(path: Path) -> np.ndarray:

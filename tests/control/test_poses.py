@@ -219,6 +219,12 @@ def test_load_reads_a_published_folder(tmp_path):
     ours, intrinsics = poses.load(tmp_path)
     np.testing.assert_array_equal(ours, c2w)
     assert ours.dtype == np.float64 and intrinsics.shape == (13, 4)
+    np.save(tmp_path / "intrinsics.npy", np.ones((12, 4)))
+    np.testing.assert_array_equal(poses.load(tmp_path)[1], np.ones((13, 4)))
+    np.save(tmp_path / "intrinsics.npy", 1 + np.arange(48.0).reshape(12, 4))
+    with pytest.raises(ConfigError, match=r"must be \[4\], \[1 4\] or \[13 4\]"):
+        poses.load(tmp_path)
+    np.save(tmp_path / "intrinsics.npy", np.ones(4))
     np.save(tmp_path / "poses.npy", np.array([{"an": "object"}]), allow_pickle=True)
     with pytest.raises(ConfigError, match="not a plain .npy array"):
         poses.load(tmp_path)
