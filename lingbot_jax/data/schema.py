@@ -1,0 +1,227 @@
+"""A clip on disk: one safetensors blob, arrays and a JSON metadata header (docs/data.md).
+
+Every clip is checked when it is written and again when it is read. Arrays, f frames of h x w pixels:
+
+    frames      uint8    [f h w 3]  RGB
+    keys        uint8    [f 8]      0 or 1; W A S D I J K L held during the transition INTO frame i; row 0 zeros
+    c2w         float64  [f 4 4]    camera to world, OpenCV axes (x right, y down, z forward); one step of a
+                                    movement key is 0.05 world units
+    intrinsics  float32  [f 4]      fx fy cx cy in pixels of the stored frame, pixel centres at +0.5
+    timestamps  float64  [f]        seconds, increasing
+"""
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import numpy as np
+from jaxtyping import Float, Float64, UInt8
+from safetensors.numpy import save
+
+from lingbot_jax.config import ConfigError
+
+SCHEMA_VERSION = 1
+SPLITS = ("train", "held_out")
+HEADER_KEY = "clip"  # one metadata key: safetensors writes several in random order
+RIGID = 1e-6  # allowed deviation of R^T R from the identity; poses are float64
+
+# name -> (dtype, dimensions): a letter is a size shared by the arrays, a number is fixed.
+ARRAYS: dict[str, tuple[str, tuple[str | int, ...]]] = {
+    "frames": ("uint8", ("f", "h", "w", 3)),
+    "keys": ("uint8", ("f", 8)),
+    "c2w": ("float64", ("f", 4, 4)),
+    "intrinsics": ("float32", ("f", 4)),
+    "timestamps": ("float64", ("f",)),
+}
+_DTYPE_NAMES = {"U8": "uint8", "F32": "float32", "F64": "float64"}  # safetensors -> NumPy
+
+
+class ClipError(ConfigError):
+    """A clip that is not what the schema says. One line, as every user error."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Event:
+    """What happens from `start` to `end` (seconds of the clip's timestamps)."""
+
+    start: float
+    end: float
+    text: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Captions:
+    """The three layers of paper section 2.3: the whole story, the place alone, and timed events."""
+
+    narrative: str
+    static: str
+    temporal: tuple[Event, ...]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Clip:
+    """One recording. Arrays as in the module docstring.
+
+    Attributes:
+      clip_id: unique in its data set. source: which game or recorder made it. split: see SPLITS.
+      map: scene name; a map is in one split only. seed: of the recording. behaviour: the policy's name.
+      fps: nominal frames a second. captions: of the recording.
+      extra: JSON values that the source wants to keep (engine version, units, ...).
+    """
+
+    frames: UInt8[np.ndarray, "f h w 3"]
+    keys: UInt8[np.ndarray, "f 8"]
+    c2w: Float64[np.ndarray, "f 4 4"]
+    intrinsics: Float[np.ndarray, "f 4"]
+    timestamps: Float64[np.ndarray, "f"]
+    clip_id: str
+    source: str
+    split: Literal["train", "held_out"]
+    map: str
+    seed: int
+    behaviour: str
+    fps: float
+    captions: Captions
+    extra: Mapping[str, Any]
+
+    def __len__(self) -> int:
+        return len(self.frames)
+
+    def window(self, start: int, frames: int) -> "Clip":
+        """The clip of frames start .. start + frames, with views of the arrays; its key row 0 is zeroed.
+
+        Raises:
+          ClipError: the clip is shorter.
+        """
+        _check(
+            start >= 0 and start + frames <= len(self),
+            f"clip {self.clip_id} has {len(self)} frames: cannot give {frames} from frame {start}",
+        )
+        cut = {name: getattr(self, name)[start : start + frames] for name in ARRAYS}
+        cut["keys"] = cut["keys"].copy()
+        cut["keys"][0] = 0
+        return dataclasses.replace(self, **cut)
+
+
+def _check(ok: Any, message: str) -> None:
+    if not ok:
+        raise ClipError(message)
+
+
+def validate(clip: Clip) -> None:
+    """Raises ClipError with one line unless `clip` is what the schema says."""
+    sizes: dict[str, int] = {}
+    for name, (dtype, dims) in ARRAYS.items():
+        array = getattr(clip, name)
+        _check(isinstance(array, np.ndarray), f"{name} is {type(array).__name__}: must be a NumPy array")
+        _check(array.dtype == dtype, f"{name} has dtype {array.dtype}: must be {dtype}")
+        wanted = [
+            sizes.setdefault(d, n) if isinstance(d, str) else d
+            for d, n in zip(dims, array.shape, strict=False)
+        ]
+        _check(
+            list(array.shape) == wanted and len(array.shape) == len(dims),
+            f"{name} has shape {array.shape}: must be {dims} with {sizes}",
+        )
+        _check(array.size, f"{name} has shape {array.shape}: must not be empty")
+        if array.dtype.kind == "f":
+            bad = np.argwhere(~np.isfinite(array))
+            _check(not len(bad), f"{name} is not finite at frame {bad[0][0] if len(bad) else 0}")
+    _check((clip.keys <= 1).all(), f"keys holds {clip.keys.max()}: must be 0 or 1")
+    _check(not clip.keys[0].any(), "keys row 0 is not zero: no transition leads into frame 0")
+    _check((np.diff(clip.timestamps) > 0).all(), "timestamps do not increase")
+    _check((clip.intrinsics[:, :2] > 0).all(), "intrinsics: focal lengths must be positive")
+    rotation = clip.c2w[:, :3, :3]
+    error = np.abs(np.swapaxes(rotation, 1, 2) @ rotation - np.eye(3)).max(axis=(1, 2))
+    error = np.maximum(error, np.abs(clip.c2w[:, 3] - [0, 0, 0, 1]).max(axis=1))
+    frame = int(np.argmax(error))
+    _check(error[frame] < RIGID, f"c2w of frame {frame} is not a rigid pose: off by {error[frame]:.2g}")
+    mirrored = np.flatnonzero(np.linalg.det(rotation) < 0)
+    _check(not len(mirrored), f"c2w of frame {mirrored[0] if len(mirrored) else 0} is mirrored (det -1)")
+    _validate_metadata(clip)
+
+
+def _validate_metadata(clip: Clip) -> None:
+    for name in ("clip_id", "source", "map", "behaviour"):
+        value = getattr(clip, name)
+        _check(isinstance(value, str) and value, f"{name} = {value!r}: must be a non-empty text")
+    _check(clip.split in SPLITS, f"split = {clip.split!r}: must be one of {', '.join(SPLITS)}")
+    _check(isinstance(clip.seed, int) and clip.seed >= 0, f"seed = {clip.seed!r}: must be an integer >= 0")
+    _check(
+        isinstance(clip.fps, (int, float)) and 0 < clip.fps < np.inf, f"fps = {clip.fps!r}: must be positive"
+    )
+    _check(isinstance(clip.extra, Mapping), f"extra is {type(clip.extra).__name__}: must be a mapping")
+    texts = (clip.captions.narrative, clip.captions.static, *(e.text for e in clip.captions.temporal))
+    _check(all(isinstance(t, str) for t in texts), "captions: every caption must be a text")
+    for event in clip.captions.temporal:
+        _check(0 <= event.start <= event.end, f"captions.temporal: {event.start} .. {event.end} s is no span")
+
+
+def encode(clip: Clip) -> bytes:
+    """The clip as safetensors bytes. The same clip gives the same bytes.
+
+    Raises:
+      ClipError: the clip is not what the schema says.
+    """
+    validate(clip)
+    fields = [f.name for f in dataclasses.fields(clip) if f.name not in ARRAYS]
+    header = {"schema_version": SCHEMA_VERSION, **{name: getattr(clip, name) for name in fields}}
+    header["captions"] = dataclasses.asdict(clip.captions)
+    header["extra"] = dict(clip.extra)
+    arrays = {name: np.ascontiguousarray(getattr(clip, name)) for name in ARRAYS}
+    return save(arrays, metadata={HEADER_KEY: json.dumps(header, sort_keys=True)})
+
+
+def decode(blob: bytes) -> Clip:
+    """The clip in safetensors bytes; its arrays are read-only views of `blob`, nothing is copied.
+
+    Raises:
+      ClipError: not safetensors, cut off, another schema version, or not what the schema says.
+    """
+    header, base = _tensor_header(blob)
+    try:
+        meta = json.loads(header.get("__metadata__", {})[HEADER_KEY])
+        version = meta.pop("schema_version")
+    except (KeyError, TypeError, AttributeError, ValueError):
+        raise ClipError("safetensors without the metadata of a clip: written by something else?") from None
+    _check(
+        version == SCHEMA_VERSION,
+        f"schema_version = {version!r}: this program reads version {SCHEMA_VERSION}; collect the clips again",
+    )
+    arrays = {name: _tensor(blob, base, header, name) for name in ARRAYS}
+    try:
+        captions = meta["captions"]
+        captions["temporal"] = tuple(Event(**event) for event in captions["temporal"])
+        meta["captions"] = Captions(**captions)
+        clip = Clip(**arrays, **meta)
+    except (KeyError, TypeError) as error:
+        raise ClipError(f"metadata of the clip is incomplete or foreign: {error}") from None
+    validate(clip)
+    return clip
+
+
+def _tensor_header(blob: bytes) -> tuple[dict[str, Any], int]:
+    """The safetensors header and the offset where the data begins."""
+    length = int.from_bytes(blob[:8], "little")
+    _check(len(blob) >= 8 and length <= len(blob) - 8, f"{len(blob)} bytes are no whole safetensors blob")
+    try:
+        header = json.loads(blob[8 : 8 + length])
+    except ValueError:
+        raise ClipError("the safetensors header is not JSON") from None
+    _check(isinstance(header, dict), "the safetensors header is not a JSON object")
+    return header, 8 + length
+
+
+def _tensor(blob: bytes, base: int, header: dict[str, Any], name: str) -> np.ndarray:
+    """A view of one tensor; its place and size are checked against the bytes there are."""
+    try:
+        entry = header[name]
+        dtype, shape = np.dtype(_DTYPE_NAMES[entry["dtype"]]), tuple(int(n) for n in entry["shape"])
+        begin, end = (int(n) for n in entry["data_offsets"])
+    except (KeyError, TypeError, ValueError):
+        raise ClipError(f"array {name} is missing or its header entry is damaged") from None
+    size = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+    whole = 0 <= begin <= end <= len(blob) - base and end - begin == size and min(shape, default=1) >= 0
+    _check(whole, f"array {name} of shape {shape} is cut off")
+    return np.frombuffer(blob, dtype, size // dtype.itemsize, base + begin).reshape(shape)

@@ -1,0 +1,282 @@
+"""Collects a data set: shards are handed to processes, each of which owns one engine (docs/data.md).
+
+A shard is a pure function of the config, so it does not matter who makes it, when, or for the how many-th time.
+Shards appear whole or not at all, and those that are there are not made again: that is all there is to
+resuming. A process that dies is replaced and its shard begun again; processes whose collector is gone leave at
+their next clip, because the pipe to it is closed.
+"""
+
+import contextlib
+import dataclasses
+import fcntl
+import json
+import multiprocessing
+import os
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from lingbot_jax.config import require
+from lingbot_jax.data.records import DataError, file_sha256, shard_name, write_shard
+from lingbot_jax.data.schema import SCHEMA_VERSION, encode
+from lingbot_jax.engine.collect import engines
+from lingbot_jax.engine.collect.config import CollectConfig
+from lingbot_jax.engine.collect.source import Shard, Source, plan
+from lingbot_jax.engine.collect.vizdoom_source import EngineLost, VizdoomSource
+
+TRIES = 3  # of a shard, when its engine or its process dies
+STARTED, DATASET, ENGINES = "collect.json", "dataset.json", ".engines"
+MakeSource = Callable[[CollectConfig, Path, Shard], Source]
+
+
+class CollectError(DataError):
+    """The collection cannot go on. One line."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Summary:
+    """What one call did: `frames` were made by `processes` in `seconds`; `clips` were there before or are now."""
+
+    clips: int
+    made: int
+    frames: int
+    seconds: float
+    processes: int
+
+    def __str__(self) -> str:
+        if not self.made:
+            return f"{self.clips} clips were there already"
+        rate = self.frames / self.seconds
+        return (
+            f"{self.clips} clips, {self.made} of them made now: {self.frames} frames in {self.seconds:.1f} s, "
+            f"{rate:.0f} frames/s with {self.processes} processes, {rate / self.processes:.0f} each"
+        )
+
+
+def vizdoom_source(config: CollectConfig, work: Path, shard: Shard) -> Source:
+    return VizdoomSource(config, work, [task.map for task in shard.tasks])
+
+
+def collect(config: CollectConfig, make_source: MakeSource = vizdoom_source) -> Summary:
+    """Makes the shards that are missing in `config.out`, then writes dataset.json beside them.
+
+    Args:
+      make_source: a module-level function; it is called in the worker processes, once a shard.
+
+    Raises:
+      ConfigError: the folder holds clips of another config.
+      CollectError: a shard failed again and again, or another collector is at work in the folder.
+    """
+    out = Path(config.out).resolve()
+    out.mkdir(parents=True, exist_ok=True)
+    with _alone(out):
+        _same_config(out, config)
+        engines.sweep(out / ENGINES)
+        shards = plan(config)
+        todo = [s for s in shards if not _path(out, s).exists()]
+        processes = min(config.processes or os.cpu_count() or 1, max(1, len(todo)))
+        begin = time.monotonic()
+        if todo:
+            (out / DATASET).unlink(missing_ok=True)
+            _make(config, make_source, todo, processes)
+        seconds = time.monotonic() - begin
+        if not (out / DATASET).exists():
+            _write_json(out / DATASET, _describe(out, config, shards))
+        shutil.rmtree(out / ENGINES, ignore_errors=True)
+    made = sum(len(s.tasks) for s in todo)
+    return Summary(sum(len(s.tasks) for s in shards), made, made * config.frames, seconds, processes)
+
+
+@contextlib.contextmanager
+def _alone(out: Path) -> Iterator[None]:
+    """Holds the folder's lock, which the system releases however this process ends."""
+    with open(out / ".lock", "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise CollectError(f"config.out = {str(out)!r}: another collector is at work there") from None
+        yield
+
+
+def _path(out: Path, shard: Shard) -> Path:
+    return out / shard_name(shard.split, shard.index, shard.count)
+
+
+def _identity(config: CollectConfig) -> dict[str, Any]:
+    """The fields that decide the bytes, as JSON reads them back."""
+    values = dataclasses.asdict(config)
+    del values["out"], values["processes"]
+    return json.loads(json.dumps({"schema_version": SCHEMA_VERSION, **values}))
+
+
+def _same_config(out: Path, config: CollectConfig) -> None:
+    """Refuses a folder that was begun with another config; marks a new one."""
+    path, mine = out / STARTED, _identity(config)
+    if not path.exists():
+        _write_json(path, mine)
+        return
+    theirs = json.loads(path.read_text())
+    for name, value in mine.items():
+        require(
+            theirs.get(name) == value,
+            f"config.{name}",
+            value,
+            f"the clips in {out} were made with {theirs.get(name)!r}; choose another config.out or delete it",
+        )
+
+
+def _write_json(path: Path, value: Any) -> None:
+    part = path.with_name(f".{path.name}.part")
+    part.write_text(json.dumps(value, indent=2) + "\n")
+    os.replace(part, path)
+
+
+def _describe(out: Path, config: CollectConfig, shards: list[Shard]) -> dict[str, Any]:
+    """dataset.json: config, counts and hashes."""
+    splits: dict[str, Any] = {}
+    for shard in shards:
+        split = splits.setdefault(shard.split, {"clips": 0, "frames": 0, "maps": set(), "shards": {}})
+        split["clips"] += len(shard.tasks)
+        split["frames"] += len(shard.tasks) * config.frames
+        split["maps"] |= {task.map.name for task in shard.tasks}
+        path = _path(out, shard)
+        split["shards"][path.name] = {"clips": len(shard.tasks), "sha256": file_sha256(path)}
+    for split in splits.values():
+        split["maps"] = sorted(split["maps"])
+    return {"config": _identity(config), "splits": splits}
+
+
+# --- the collector's side ---------------------------------------------------------------------------------------
+
+
+class _Worker:
+    """One process and the shard it is at."""
+
+    def __init__(self, config: CollectConfig, make_source: MakeSource):
+        context = multiprocessing.get_context("spawn")
+        self.pipe, theirs = context.Pipe()
+        self.process = context.Process(target=_work, args=(theirs, config, make_source), daemon=True)
+        self.process.start()
+        theirs.close()
+        self.shard: Shard | None = None
+        self.clips = 0
+
+    def begin(self, shard: Shard) -> None:
+        self.shard, self.clips = shard, 0
+        self.pipe.send(shard)
+
+    def stop(self) -> None:
+        """The closed pipe tells the process to leave; it does so at its next clip."""
+        self.pipe.close()
+        self.process.join(30)
+        if self.process.is_alive():
+            self.process.kill()
+            self.process.join()
+
+
+def _make(config: CollectConfig, make_source: MakeSource, todo: list[Shard], processes: int) -> None:
+    """Makes the shards with that many processes and shows how far it is."""
+    waiting, tries = list(reversed(todo)), dict.fromkeys(todo, 0)
+    workers: list[_Worker] = []
+    columns = (TextColumn("collect"), BarColumn(), MofNCompleteColumn(), TextColumn("clips"))
+    with Progress(
+        *columns,
+        TextColumn("{task.fields[rate]:.0f} frames/s"),
+        TimeRemainingColumn(),
+        console=Console(stderr=True),
+    ) as progress:
+        bar = progress.add_task("clips", total=sum(len(s.tasks) for s in todo), rate=0.0)
+        begin = time.monotonic()
+
+        def show(clips: int) -> None:
+            progress.advance(bar, clips)
+            rate = progress.tasks[0].completed * config.frames / (time.monotonic() - begin)
+            progress.update(bar, rate=rate)
+
+        try:
+            while waiting or workers:
+                while waiting and len(workers) < processes:
+                    workers.append(_Worker(config, make_source))
+                    workers[-1].begin(waiting.pop())
+                ready = wait([w.pipe for w in workers])
+                for worker in [w for w in workers if w.pipe in ready]:
+                    _listen(worker, workers, waiting, tries, show)
+        finally:
+            for worker in workers:
+                worker.stop()
+
+
+def _listen(worker: _Worker, workers: list[_Worker], waiting: list[Shard], tries: dict, show) -> None:
+    """Handles one message of a worker: a clip, a finished shard, a failure, or its death."""
+    try:
+        kind, text = worker.pipe.recv()
+    except (EOFError, ConnectionError):
+        kind, text = "lost", "its process died"
+    if kind == "clip":
+        worker.clips += 1
+        show(1)
+        return
+    if kind == "lost":
+        shard = worker.shard
+        tries[shard] += 1
+        name = shard_name(shard.split, shard.index, shard.count)
+        if tries[shard] == TRIES:
+            raise CollectError(f"shard {name}: failed {TRIES} times, lastly because {text}")
+        show(-worker.clips)
+        waiting.append(shard)
+    elif kind == "error":
+        raise CollectError(text)
+    if kind == "done" and waiting:
+        worker.begin(waiting.pop())
+        return
+    workers.remove(worker)
+    worker.stop()
+
+
+# --- the worker's side ------------------------------------------------------------------------------------------
+
+
+def _work(pipe: Connection, config: CollectConfig, make_source: MakeSource) -> None:
+    """A process: makes the shards it is sent until the pipe closes."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the collector's to handle
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that `finally` closes the engine
+    out = Path(config.out).resolve()
+    with contextlib.suppress(EOFError, ConnectionError):
+        while True:
+            shard = pipe.recv()
+            try:
+                make_shard(config, make_source, shard, out, lambda: pipe.send(("clip", "")))
+            except EngineLost as error:
+                pipe.send(("lost", f"its engine was lost: {error}"))
+                return
+            except (ValueError, RuntimeError, OSError) as error:
+                if isinstance(error, ConnectionError):
+                    raise
+                pipe.send(("error", f"{type(error).__name__}: {' '.join(str(error).split())}"))
+                return
+            pipe.send(("done", ""))
+
+
+def make_shard(
+    config: CollectConfig, make_source: MakeSource, shard: Shard, out: Path, made: Callable[[], None]
+) -> None:
+    """Writes one shard into `out`; calls `made` after every clip."""
+    source = make_source(config, engines.folder(out / ENGINES), shard)
+
+    def records() -> Iterator[bytes]:
+        for task in shard.tasks:
+            yield encode(source.record(task))
+            made()
+
+    try:
+        write_shard(_path(out, shard), records(), config.compression)
+    finally:
+        source.close()

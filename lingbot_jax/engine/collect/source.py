@@ -1,0 +1,99 @@
+"""What a source of clips is, and which clips a data set consists of.
+
+`plan(config)` lists every clip of every shard before anything runs; a `Source` records one planned clip. Both
+are deterministic, so a shard can be made by any process, in any order, again. Another game, or a folder of
+recordings, is another class with `record` and `close`.
+"""
+
+import dataclasses
+from typing import Literal, Protocol
+
+import numpy as np
+
+from lingbot_jax.data.schema import Clip
+from lingbot_jax.engine.collect.config import CollectConfig
+
+Split = Literal["train", "held_out"]
+_SPLIT_NUMBER = {"train": 0, "held_out": 1}
+
+
+@dataclasses.dataclass(frozen=True)
+class MapName:
+    """A scene: a bundled map by name, or a generated one by seed."""
+
+    name: str
+    seed: int | None  # None: bundled
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """One clip to record; with the config it decides every byte of the record."""
+
+    split: Split
+    index: int
+    map: MapName
+    behaviour: str
+
+    @property
+    def clip_id(self) -> str:
+        return f"{self.split}-{self.index:07d}"
+
+    def rng(self, seed: int) -> np.random.Generator:
+        return np.random.default_rng([seed, _SPLIT_NUMBER[self.split], self.index])
+
+
+@dataclasses.dataclass(frozen=True)
+class Shard:
+    """The clips of one file: what one process makes at a time."""
+
+    split: Split
+    index: int
+    count: int
+    tasks: tuple[Task, ...]
+
+
+class Source(Protocol):
+    """Records planned clips. Made once a shard; `close` frees all it holds, also after an error."""
+
+    def record(self, task: Task) -> Clip: ...
+
+    def close(self) -> None: ...
+
+
+def plan(config: CollectConfig) -> list[Shard]:
+    """Every shard of the data set, train first."""
+    shards = []
+    for split, clips in (("train", config.clips), ("held_out", config.held_out)):
+        tasks = _tasks(config, split, clips)
+        count = -(-clips // config.clips_per_shard)
+        for k in range(count):
+            part = tasks[k * config.clips_per_shard : (k + 1) * config.clips_per_shard]
+            shards.append(Shard(split, k, count, tuple(part)))
+    return shards
+
+
+def _tasks(config: CollectConfig, split: Split, clips: int) -> list[Task]:
+    rng = np.random.default_rng([config.seed, _SPLIT_NUMBER[split], 0x706C616E])
+    names = rng.permutation(_apportion(config.behaviours, clips)).tolist()
+    maps = [_map(config, split, slot) for slot in range(-(-clips // config.clips_per_map))]
+    return [Task(split, i, maps[i // config.clips_per_map], names[i]) for i in range(clips)]
+
+
+def _apportion(shares: dict[str, float], clips: int) -> list[str]:
+    """Each name as often as its share says, the largest remainders first: exact, not on average."""
+    names = sorted(shares)
+    exact = np.array([shares[n] for n in names]) / sum(shares.values()) * clips
+    counts = np.floor(exact).astype(int)
+    for k in np.argsort(counts - exact, kind="stable")[: clips - counts.sum()]:
+        counts[k] += 1
+    return [name for name, count in zip(names, counts, strict=True) for _ in range(count)]
+
+
+def _map(config: CollectConfig, split: Split, slot: int) -> MapName:
+    """Bundled maps are spread evenly among the generated ones; generated seeds never repeat across splits."""
+    before, after = int(config.bundled * slot + 1e-9), int(config.bundled * (slot + 1) + 1e-9)
+    if after > before:
+        names = config.bundled_train if split == "train" else config.bundled_held_out
+        return MapName(names[before % len(names)], None)
+    seed = (config.seed * 2 + _SPLIT_NUMBER[split]) * 1_000_000 + slot
+    return MapName(f"rooms{config.rooms}-{seed}", seed)
