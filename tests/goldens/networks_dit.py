@@ -45,7 +45,9 @@ def dit_config(config: dict, weights: dict[str, np.ndarray]) -> DiTConfig:
 def load_dit(config: dict, weights: dict[str, np.ndarray]) -> WorldDiT:
     """A float32 WorldDiT with published weights; every tensor must be used."""
     ours = dit_config(config, weights)
-    model = WorldDiT(ours, jax.random.key(0))
+    # Zeros in place of random numbers: initialisers would be compiled one by one.
+    abstract = params.abstract(lambda key: WorldDiT(ours, key))
+    model = jax.tree.map(lambda p: jnp.zeros(p.shape, p.dtype), abstract)
     flat = params.flat_params(model)
     slots = expand(dit_table(ours), {name: p.shape for name, p in flat.items()})
     assert set(slots) == set(weights), sorted(set(slots) ^ set(weights))
@@ -121,8 +123,8 @@ def controlled(case: Case):
     latents = channels_last(case["x"])
     frames = latents.shape[1]
     condition = condition_of(case, config, control=True)
-    scalar = jnp.full((1, frames), case["t_scalar"][0], jnp.float32)
     tokens = jnp.asarray(case["t_tokens"]).reshape(1, frames, -1)
+    scalar = jnp.full(tokens.shape, case["t_scalar"][0], jnp.float32)
     without = dataclasses.replace(condition, control=None)
     runs = {"scalar": (scalar, condition), "tokens": (tokens, condition), "nocam": (scalar, without)}
     for prefix, inputs in runs.items():
@@ -134,7 +136,7 @@ def controlled(case: Case):
                     ours = ours[:, :1]  # one row, equal for all tokens
                 yield f"{prefix}/{name}", ours, case[f"{prefix}/{name}"], OUTPUT
     if "grad_w" in case:
-        yield from gradients(case, model, latents, scalar, condition)
+        yield from gradients(case, model, latents, scalar[:, :, 0], condition)
 
 
 def gradients(case: Case, model: WorldDiT, latents, timestep, condition: Condition):
