@@ -1,0 +1,60 @@
+"""The first frame of a world: reading an image file, and fitting it to a video size as published."""
+
+import math
+import pathlib
+
+import cv2
+import numpy as np
+from jaxtyping import Float, UInt8
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from lingbot_jax.config import ConfigError, require
+
+MAX_PIXELS = 64_000_000  # of an input image: far above any use, far below what would exhaust memory
+PRESETS = {"480p": 480 * 832, "720p": 720 * 1280}  # area in pixels; the orientation follows the image
+
+
+def read_image(path: str | pathlib.Path, field: str = "image") -> UInt8[np.ndarray, "h w 3"]:
+    """Reads an image of any common format, turned upright as its EXIF says; transparency is dropped.
+
+    Raises:
+      ConfigError: no such file, not an image, damaged, or more than MAX_PIXELS.
+    """
+    path = pathlib.Path(path)
+    if not path.is_file():
+        raise ConfigError(f"{field} = {str(path)!r}: no such file")
+    try:
+        with Image.open(path) as image:  # reads the header only: the size is known before anything is decoded
+            width, height = image.size
+            if width * height > MAX_PIXELS:
+                raise ConfigError(
+                    f"{field} = {str(path)!r}: {width}x{height} is more than {MAX_PIXELS // 10**6} megapixels; "
+                    "make it smaller"
+                )
+            return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
+    except (UnidentifiedImageError, Image.DecompressionBombError):
+        raise ConfigError(f"{field} = {str(path)!r}: not an image (PNG, JPEG, WebP... expected)") from None
+    except (OSError, SyntaxError, ValueError) as error:  # what Pillow raises for damaged files
+        raise ConfigError(f"{field} = {str(path)!r}: a damaged image ({error})") from None
+
+
+def fit(height: int, width: int, area: int, multiple: int) -> tuple[int, int]:
+    """Height and width of about `area` pixels with the image's aspect, multiples of `multiple`.
+
+    The published rule: 480p and 720p are areas, and a portrait image gives a portrait video.
+    """
+    sides = (math.sqrt(area * height / width), math.sqrt(area * width / height))
+    fitted = tuple(int(side // multiple) * multiple for side in sides)
+    require(min(fitted) > 0, "image", f"{width}x{height}", f"too narrow for a video of {area} pixels")
+    return fitted
+
+
+def resize(image: UInt8[np.ndarray, "h w 3"], height: int, width: int) -> Float[np.ndarray, "H W 3"]:
+    """The image scaled to [-1, 1] and resized bicubically (a = -0.75, no antialiasing), as published.
+
+    Bicubic weights overshoot: values may pass 1 a little, and the published pipeline does not clip them.
+    """
+    x = image.astype(np.float32) / 127.5 - 1.0
+    if image.shape[:2] == (height, width):
+        return x
+    return cv2.resize(x, (width, height), interpolation=cv2.INTER_CUBIC)

@@ -1,0 +1,189 @@
+"""experiments.generate as a user runs it: a run directory in, a playable video out, one-line errors."""
+
+import dataclasses
+import json
+import pathlib
+import shlex
+import subprocess
+import sys
+
+import av
+import jax
+import numpy as np
+import pytest
+from absl import flags
+from PIL import Image
+
+from experiments import generate
+from lingbot_jax.config import ConfigError
+from lingbot_jax.control import keyboard
+from lingbot_jax.models.codec import save_linear
+from lingbot_jax.training import checkpoints
+from lingbot_jax.training.config import DataConfig, TrainConfig
+from lingbot_jax.training.state import flatten, init_state
+from tests.rollout.worlds import TINY, codec, world
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A run directory as experiments.train leaves it, a first frame, and a camera folder."""
+    root = tmp_path_factory.mktemp("generate")
+    save_linear(codec(), root / "codec.safetensors")
+    config = TrainConfig(
+        run=str(root / "run"),
+        stage="world",
+        steps=1,
+        model=TINY,
+        data=DataConfig(path="none", frames=33, batch=1),
+        codec=str(root / "codec.safetensors"),
+    )
+    (root / "run").mkdir()
+    (root / "run" / "config.json").write_text(json.dumps(dataclasses.asdict(config)))
+    saved = checkpoints.Checkpoints(root / "run", config.checkpoint)
+    saved.save(1, init_state(config, flatten(world())), {})
+    saved.wait()
+    saved.close()
+    rng = np.random.default_rng(0)
+    Image.fromarray(rng.integers(0, 256, (37, 70, 3), np.uint8)).save(root / "first.png")
+    (root / "camera").mkdir()
+    np.save(root / "camera" / "poses.npy", keyboard.integrate(keyboard.parse("w-11")))
+    np.save(root / "camera" / "intrinsics.npy", np.array([500.0, 500.0, 416.0, 240.0]))
+    return root
+
+
+def arguments(folder: pathlib.Path, out: str, *more: str) -> list[str]:
+    return [
+        f"--run={folder / 'run'}",
+        f"--image={folder / 'first.png'}",
+        "--prompt=a hall",
+        "--steps=2",
+        f"--out={folder / out}",
+        *more,
+    ]
+
+
+def call(args: list[str]) -> None:
+    """Runs main in this process: compiled programs are shared between the tests."""
+    flags.FLAGS.unparse_flags()
+    for name in generate.FLAGS.flags_by_module_dict()["experiments.generate"]:
+        name.value = name.default
+    flags.FLAGS(["generate", *args])
+    generate.main()
+
+
+def read(path: pathlib.Path) -> np.ndarray:
+    with av.open(str(path)) as container:
+        assert container.streams.video[0].codec_context.name == "h264"
+        assert container.streams.video[0].codec_context.pix_fmt == "yuv420p"
+        return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
+
+
+def test_keys_to_video_and_its_command_repeats_it(folder):
+    call(arguments(folder, "clip", "--keys=w-6,l-3", "--guidance=2,3", "--seed=4"))
+    about = json.loads((folder / "clip" / "generation.json").read_text())
+    video = read(folder / "clip" / "video.mp4")
+    assert video.shape == (13, 32, 64, 3)  # 10 rows of keys, padded to 4n+1
+    poses = np.load(folder / "clip" / "poses.npy")
+    np.testing.assert_allclose(poses[:10], keyboard.integrate(keyboard.parse("w-6,l-3")))
+    np.testing.assert_array_equal(poses[10:], poses[9:10].repeat(3, 0))
+    assert about["keys"] == "w-6,l-3,none-3"
+    words = shlex.split(about["command"])
+    assert words[:3] == ["python", "-m", "experiments.generate"]
+    again = [w.replace(str(folder / "clip"), str(folder / "again")) for w in words[3:]]
+    call(again)
+    assert (folder / "again" / "video.mp4").read_bytes() == (folder / "clip" / "video.mp4").read_bytes()
+    data = (folder / "clip" / "video.mp4").read_bytes()
+    assert data.index(b"moov") < data.index(b"mdat")  # the index comes first: browsers start at once
+
+
+def test_recorded_poses_are_cut_to_4n1(folder, capsys):
+    call(arguments(folder, "poses", f"--camera={folder / 'camera'}", "--guidance=1"))
+    assert read(folder / "poses" / "video.mp4").shape == (9, 32, 64, 3)
+    assert "9 frames: 12 given, 4n + 1 needed" in capsys.readouterr().out
+
+
+BAD = {
+    "frames = 10: must be 4n \\+ 1": ["--keys=w-8", "--frames=10"],
+    "frames = 33: the poses give 12": ["--camera={root}/camera", "--frames=33"],
+    "prompt = ' ': is empty": ["--keys=w-8", "--prompt= "],
+    "prompt = 'a a a a a a a a': too long": ["--keys=w-8", "--prompt=a a a a a a a a"],
+    "not an image": ["--keys=w-8", "--image={root}/codec.safetensors"],
+    "no such file": ["--keys=w-8", "--image={root}/nothing.png"],
+    "guidance = 'x'": ["--keys=w-8", "--guidance=x"],
+    "guidance.low = 0.0": ["--keys=w-8", "--guidance=0"],
+    "no run directory": ["--keys=w-8", "--run={root}/nowhere"],
+    "character 5": ["--keys=w-8,x-3"],
+    "exactly one": ["--keys=w-8", "--camera={root}/camera"],
+    "size = '1080p'": ["--keys=w-8", "--size=1080p"],
+    "sample.steps = 0": ["--keys=w-8", "--steps=0"],
+    "fov = 180.0": ["--keys=w-8", "--fov=180"],
+    "poses\\[3\\]": ["--camera={root}/sheared"],
+    "intrinsics\\[0\\] = .*nan": ["--camera={root}/nan"],
+}
+
+
+@pytest.mark.parametrize("message", BAD)
+def test_bad_input_is_one_line_and_leaves_nothing(folder, message):
+    for name in ("sheared", "nan"):
+        (folder / name).mkdir(exist_ok=True)
+        c2w = keyboard.integrate(keyboard.parse("w-11"))
+        intrinsics = np.array([500.0, 500.0, 416.0, 240.0])
+        if name == "nan":
+            intrinsics[0] = np.nan
+        else:
+            c2w[3, 0, 1] = 0.5
+        np.save(folder / name / "poses.npy", c2w)
+        np.save(folder / name / "intrinsics.npy", intrinsics)
+    before = sorted(p.name for p in folder.iterdir())
+    with pytest.raises((ConfigError, generate.common.UserError), match=message) as error:
+        call(arguments(folder, "bad", *(a.format(root=folder) for a in BAD[message])))
+    assert "\n" not in str(error.value)
+    assert sorted(p.name for p in folder.iterdir()) == before
+
+
+def test_huge_and_damaged_images(folder, monkeypatch):
+    data = (folder / "first.png").read_bytes()
+    (folder / "cut.png").write_bytes(data[: len(data) // 2])
+    with pytest.raises(ConfigError, match="damaged image"):
+        generate.images.read_image(folder / "cut.png")
+    monkeypatch.setattr(generate.images, "MAX_PIXELS", 1000)
+    with pytest.raises(ConfigError, match="70x37 is more than"):
+        generate.images.read_image(folder / "first.png")
+
+
+def test_a_failure_while_writing_leaves_nothing(folder, monkeypatch):
+    def broken(*_):
+        raise RuntimeError("disk full")
+
+    monkeypatch.setattr(generate, "write_mp4", broken)
+    before = sorted(p.name for p in folder.iterdir())
+    with pytest.raises(RuntimeError, match="disk full"):
+        call(arguments(folder, "broken", "--keys=w-6,l-3", "--guidance=2,3"))
+    assert sorted(p.name for p in folder.iterdir()) == before
+
+
+@pytest.mark.parametrize(
+    ("image", "size", "expected"),
+    [
+        ((480, 832), "480p", (480, 832)),
+        ((832, 480), "480p", (832, 480)),
+        ((720, 1280), "720p", (720, 1280)),
+        ((1080, 1920), "720p", (720, 1280)),
+        ((1000, 1000), "480p", (624, 624)),
+        ((37, 70), "image", (32, 64)),
+    ],
+)
+def test_sizes_keep_the_aspect(image, size, expected):
+    assert generate.video_size(np.zeros((*image, 3), np.uint8), size, 16) == expected
+
+
+def test_one_error_line_from_the_shell(folder):
+    done = subprocess.run(
+        [sys.executable, "-m", "experiments.generate", "--image=x.png"],
+        capture_output=True,
+        text=True,
+        env={"PATH": "", "JAX_PLATFORMS": "cpu"},
+    )
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert done.stderr.startswith("error: --run is missing")
+    assert jax.devices()[0].platform == "cpu"
