@@ -6,15 +6,26 @@ network. Rows past the end of a text are zero and are not masked later: as publi
 the cross-attention of the world model.
 """
 
+import dataclasses
 import hashlib
 import html
+import math
+import pathlib
 import re
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Literal, Protocol
 
 import ftfy
+import jax
+import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float32
+import tokenizers
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Float32, Int
+
+from lingbot_jax import axes as ax
+from lingbot_jax.config import ConfigError, require
+from lingbot_jax.models import params
 
 
 class TextEncoder(Protocol):
@@ -72,3 +83,165 @@ class HashedNgramEncoder:
                 total = np.sum([_signs(f, self.dim) for f in features], axis=0)
                 tokens[row, column] = total / max(np.sqrt(np.mean(total**2)), 1e-6)
         return tokens
+
+
+@dataclasses.dataclass(frozen=True)
+class UMT5Config:
+    """Defaults are the published umT5-xxl encoder.
+
+    Attributes:
+      vocab, dim, ffn, layers: sizes. heads, head_dim: of the attention, whose width is their product.
+      buckets, max_distance: of the relative position bias; each layer has its own table.
+      eps: of every norm. length: tokens a text. dtype: compute dtype; norms and softmax are float32 always.
+    """
+
+    vocab: int = 256384
+    dim: int = 4096
+    heads: int = 64
+    head_dim: int = 64
+    ffn: int = 10240
+    layers: int = 24
+    buckets: int = 32
+    max_distance: int = 128
+    eps: float = 1e-6
+    length: int = 512
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+
+    def __post_init__(self):
+        for name in ("vocab", "dim", "heads", "head_dim", "ffn", "layers", "length"):
+            require(getattr(self, name) > 0, f"text.{name}", getattr(self, name), "must be positive")
+        require(
+            self.buckets >= 4 and self.buckets % 4 == 0, "text.buckets", self.buckets, "must be 4, 8, ..."
+        )
+        near = self.buckets // 4
+        require(self.max_distance > near, "text.max_distance", self.max_distance, f"must exceed {near}")
+
+
+def position_buckets(offset: Int[np.ndarray, "..."], config: UMT5Config) -> Int[np.ndarray, "..."]:
+    """Bucket of each key position minus query position: half of them per sign, exact near zero, then
+    logarithmic up to `max_distance`."""
+    half, near = config.buckets // 2, config.buckets // 4
+    distance = np.abs(offset)
+    # float32, as published: the truncation below depends on it at powers of two.
+    ratio = np.log(np.maximum(distance, 1).astype(np.float32) / near)
+    far = near + (ratio / np.float32(math.log(config.max_distance / near)) * (half - near)).astype(np.int32)
+    bucket = np.where(distance < near, distance, np.minimum(far, half - 1))
+    return bucket + half * (offset > 0)
+
+
+class RMSNorm(nnx.Module):
+    """Scale to unit root mean square, in float32."""
+
+    def __init__(self, config: UMT5Config, key: jax.Array):
+        self.gain = params.param(key, (config.dim,), (ax.NORM,), params.ones)
+        self.eps = config.eps
+
+    def __call__(self, x: Float[Array, "b l d"]) -> Float[Array, "b l d"]:
+        wide = x.astype(jnp.float32)
+        scale = jax.lax.rsqrt(jnp.mean(wide**2, axis=-1, keepdims=True) + self.eps)
+        return (wide * scale * self.gain).astype(x.dtype)
+
+
+class UMT5Block(nnx.Module):
+    """Self-attention with a position bias and no scaling of the logits, then a gated tanh-GELU network."""
+
+    def __init__(self, config: UMT5Config, key: jax.Array):
+        keys = iter(jax.random.split(key, 8))
+        width = config.heads * config.head_dim
+        self.config = config
+        self.norm1 = RMSNorm(config, key)
+        self.q = params.param(next(keys), (config.dim, width), (ax.EMBED, ax.HEADS))
+        self.k = params.param(next(keys), (config.dim, width), (ax.EMBED, ax.HEADS))
+        self.v = params.param(next(keys), (config.dim, width), (ax.EMBED, ax.HEADS))
+        self.o = params.param(next(keys), (width, config.dim), (ax.HEADS, ax.EMBED))
+        self.bias = params.param(
+            next(keys), (config.buckets, config.heads), (None, ax.HEADS), params.normal(1.0)
+        )
+        self.norm2 = RMSNorm(config, key)
+        self.gate = params.param(next(keys), (config.dim, config.ffn), (ax.EMBED, ax.MLP))
+        self.up = params.param(next(keys), (config.dim, config.ffn), (ax.EMBED, ax.MLP))
+        self.down = params.param(next(keys), (config.ffn, config.dim), (ax.MLP, ax.EMBED))
+
+    def position_bias(self, length: int) -> Float[Array, "h l m"]:
+        """The bias of every query (row) and key (column)."""
+        places = np.arange(length)
+        table = self.bias[position_buckets(places[None, :] - places[:, None], self.config)]
+        return jnp.moveaxis(table, -1, 0).astype(jnp.float32)
+
+    def __call__(self, x: Float[Array, "b l d"], mask: Bool[Array, "b l"] | None) -> Float[Array, "b l d"]:
+        use = lambda name: getattr(self, name).astype(x.dtype)
+        heads = lambda y: y.reshape(*y.shape[:2], self.config.heads, self.config.head_dim)
+        y = self.norm1(x)
+        q, k, v = (heads(y @ use(name)) for name in ("q", "k", "v"))
+        logits = jnp.einsum("bnhk,bmhk->bhnm", q, k, preferred_element_type=jnp.float32)
+        logits = logits + self.position_bias(x.shape[1])
+        if mask is not None:
+            logits = jnp.where(mask[:, None, None, :], logits, jnp.finfo(jnp.float32).min)
+        weights = jax.nn.softmax(logits).astype(x.dtype)
+        mixed = jnp.einsum("bhnm,bmhk->bnhk", weights, v).reshape(*x.shape[:2], -1)
+        x = x + mixed @ use("o")
+        y = self.norm2(x)
+        return x + (jax.nn.gelu(y @ use("gate"), approximate=True) * (y @ use("up"))) @ use("down")
+
+
+class UMT5(nnx.Module):
+    """The encoder network. Rows where `mask` is false are computed too, as published; they see only real keys."""
+
+    def __init__(self, config: UMT5Config, key: jax.Array):
+        keys = jax.random.split(key)
+        self.config = config
+        self.embedding = params.param(
+            keys[0], (config.vocab, config.dim), (ax.VOCAB, ax.EMBED), params.normal(1.0)
+        )
+        self.blocks = params.stack(lambda k: UMT5Block(config, k), keys[1], config.layers)
+        self.norm = RMSNorm(config, key)
+
+    def __call__(
+        self, ids: Int[Array, "b l"], mask: Bool[Array, "b l"] | None = None
+    ) -> Float[Array, "b l d"]:
+        x = self.embedding[ids].astype(self.config.dtype)
+        x, _ = jax.lax.scan(lambda x, block: (block(x, mask), None), x, self.blocks)
+        return self.norm(x)
+
+
+def load_tokenizer(path: str | pathlib.Path, length: int) -> tokenizers.Tokenizer:
+    """The umT5 tokenizer from its `tokenizer.json`; texts are cut and padded to `length` tokens.
+
+    Raises:
+      ConfigError: there is no such file, or it is not a tokenizer.
+    """
+    path = pathlib.Path(path)
+    if not path.is_file():
+        raise ConfigError(
+            f"text.tokenizer = {str(path)!r}: no such file; it is google/umt5-xxl/tokenizer.json of the published "
+            "LingBot-World or Wan checkpoint folder (the same file as in the Hugging Face repository google/umt5-xxl)"
+        )
+    try:
+        tokenizer = tokenizers.Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises a bare Exception for any file it cannot read
+        raise ConfigError(f"text.tokenizer = {str(path)!r}: not a tokenizer file ({error})") from None
+    tokenizer.enable_truncation(length)
+    tokenizer.enable_padding(length=length, pad_id=tokenizer.token_to_id("<pad>") or 0, pad_token="<pad>")
+    return tokenizer
+
+
+class UMT5Encoder:
+    """The published text encoder: tokenizer and network; rows past the end of a text are zero."""
+
+    def __init__(self, model: UMT5, tokenizer: tokenizers.Tokenizer):
+        self.dim = model.config.dim
+        self.length = model.config.length
+        self._model = model
+        self._tokenizer = tokenizer
+        self._forward = jax.jit(encode_tokens)
+
+    def encode(self, texts: Sequence[str]) -> Float32[np.ndarray, "b l d"]:
+        encoded = self._tokenizer.encode_batch([clean(text) for text in texts])
+        ids = np.array([e.ids for e in encoded], np.int32)
+        mask = np.array([e.attention_mask for e in encoded], bool)
+        return np.asarray(self._forward(self._model, ids, mask))
+
+
+def encode_tokens(model: UMT5, ids: Int[Array, "b l"], mask: Bool[Array, "b l"]) -> Float32[Array, "b l d"]:
+    """The network's output with the padding set to zero."""
+    return jnp.where(mask[..., None], model(ids, mask), 0).astype(jnp.float32)
