@@ -4,30 +4,11 @@ import dataclasses
 from typing import Literal
 
 from lingbot_jax.config import DiTConfig, require
+from lingbot_jax.data.loader import LoaderConfig
 from lingbot_jax.models.codec import CodecConfig
 
 Stage = Literal["world", "action"]
 Expert = Literal["single", "high", "low"]
-
-
-@dataclasses.dataclass(frozen=True)
-class DataConfig:
-    """Attributes:
-    path: a data set directory made by experiments.collect. frames: video frames a window, 4n+1.
-    batch: windows a step, over all processes. threads: loader threads. max_bad_records: skipped before
-    the run fails. caption: which caption of a clip becomes its prompt.
-    """
-
-    path: str
-    frames: int = 81
-    batch: int = 64
-    threads: int = 2
-    max_bad_records: int = 10
-    caption: Literal["narrative", "static"] = "static"
-
-    def __post_init__(self):
-        require(self.batch > 0, "data.batch", self.batch, "must be positive")
-        require(self.frames > 0, "data.frames", self.frames, "must be positive")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,11 +32,13 @@ class TaskConfig:
     Attributes:
       continuation: probability that a sample continues given frames instead of a single image.
       max_given: latent frames given at most in a continuation; uniform in 2..max_given.
+      caption: which caption of a clip is its prompt; `static` leaves all motion to the control.
       text_dropout, control_dropout: probability that a sample's text or control is zeroed.
     """
 
     continuation: float = 0.3
     max_given: int = 5
+    caption: Literal["narrative", "static"] = "static"
     text_dropout: float = 0.1
     control_dropout: float = 0.0
 
@@ -133,7 +116,7 @@ class TrainConfig:
     stage: Stage
     steps: int
     model: DiTConfig
-    data: DataConfig
+    data: LoaderConfig
     codec: str
     seed: int = 0
     expert: Expert = "single"

@@ -12,6 +12,7 @@ from lingbot_jax.config import DiTConfig
 from lingbot_jax.control import poses
 from lingbot_jax.control.keyboard import MOVEMENT
 from lingbot_jax.control.plucker import control, latent_keys
+from lingbot_jax.data.loader import Batch as Window
 from lingbot_jax.models.codec import Codec
 from lingbot_jax.models.condition import image_condition
 from lingbot_jax.models.dit import Condition
@@ -31,24 +32,18 @@ class ClipEncoder:
         self._text = functools.lru_cache(maxsize=4096)(lambda text: text_encoder.encode([text])[0])
         self._encode = jax.jit(functools.partial(_encode, mode=model.control, stride=model.spatial_stride))
 
-    def __call__(
-        self,
-        frames: UInt8[np.ndarray, "b f h w 3"],
-        keys: UInt8[np.ndarray, "b f 8"],
-        c2w: Float[np.ndarray, "b f 4 4"],
-        intrinsics: Float[np.ndarray, "b f 4"],
-        captions: Sequence[str],
-        given: Int[np.ndarray, "b"],
-    ) -> Batch:
-        """Latents of the frames, conditioned on the first `given` latent frames, the keys and the captions.
+    def __call__(self, window: Window, captions: Sequence[str], given: Int[np.ndarray | Array, "b"]) -> Batch:
+        """Latents of a window's frames, conditioned on the first `given` latent frames, the keys and the captions.
 
         Args:
+          window: frames, keys, c2w and intrinsics, as a loader batch has them.
           given: latent frames known of each sample; frames after them do not reach the condition.
         """
-        relative = np.stack([self.relative_poses(path) for path in c2w]).astype(np.float32)
+        relative = np.stack([self.relative_poses(path) for path in window["c2w"]]).astype(np.float32)
         text = np.stack([self._text(caption) for caption in captions])
-        movement = keys[..., : len(MOVEMENT)]
-        return self._encode(self._codec, frames, movement, relative, intrinsics[:, :1], text, given)
+        movement = window["keys"][..., : len(MOVEMENT)]
+        intrinsics = window["intrinsics"][:, :1]
+        return self._encode(self._codec, window["frames"], movement, relative, intrinsics, text, given)
 
     def relative_poses(self, c2w: Float[np.ndarray, "f 4 4"]) -> Float[np.ndarray, "t 4 4"]:
         """Poses of the latent frames as the control sees them (float64)."""

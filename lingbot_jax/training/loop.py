@@ -12,7 +12,8 @@ import jax
 import numpy as np
 
 from lingbot_jax.config import ConfigError
-from lingbot_jax.data.loader import Loader
+from lingbot_jax.data.loader import Batch as Window
+from lingbot_jax.data.loader import TrainLoader
 from lingbot_jax.models.codec import Codec
 from lingbot_jax.models.dit import WorldDiT
 from lingbot_jax.models.text import TextEncoder
@@ -29,7 +30,7 @@ class NonFiniteLoss(RuntimeError):
     """The loss is NaN or infinite; the message names the step and the records of the batch."""
 
 
-def train(config: TrainConfig, codec: Codec, text_encoder: TextEncoder, loader: Loader) -> TrainState:
+def train(config: TrainConfig, codec: Codec, text_encoder: TextEncoder, loader: TrainLoader) -> TrainState:
     """Trains from the newest checkpoint, else from `config.init`, else from a random initialisation.
 
     Runs `config.steps` steps in all, writes metrics and checkpoints into `config.run`, and returns the state.
@@ -67,7 +68,7 @@ def train(config: TrainConfig, codec: Codec, text_encoder: TextEncoder, loader: 
             state, values = step_fn(state, encode_window(encoder, window, config, step))
             if pending:
                 _report(pending, config, metrics, progress)
-            pending = _Pending(step + 1, values, window.ids)
+            pending = _Pending(step + 1, values, window["record_ids"])
             last = step + 1 == config.steps or stop.is_set()
             if last or (step + 1) % config.checkpoint.every == 0:
                 _report(pending, config, metrics, progress)
@@ -82,17 +83,10 @@ def train(config: TrainConfig, codec: Codec, text_encoder: TextEncoder, loader: 
     return state
 
 
-def encode_window(encoder: ClipEncoder, window, config: TrainConfig, step: int) -> Batch:
+def encode_window(encoder: ClipEncoder, window: Window, config: TrainConfig, step: int) -> Batch:
     """Encodes a loader window with the tasks drawn for this step."""
-    given = draw_given(random_key(config.seed, step, "tasks"), len(window.ids), config.tasks)
-    return encoder(
-        window.frames,
-        window.keys,
-        window.c2w,
-        window.intrinsics,
-        [captions[config.data.caption] for captions in window.captions],
-        given,
-    )
+    given = draw_given(random_key(config.seed, step, "tasks"), len(window["frames"]), config.tasks)
+    return encoder(window, window[config.tasks.caption], given)
 
 
 def claim(run: pathlib.Path, config: TrainConfig) -> None:
@@ -151,13 +145,13 @@ class _Pending:
 
     step: int
     values: dict[str, jax.Array]
-    ids: list[str]
+    records: np.ndarray
 
 
 def _report(pending: _Pending, config: TrainConfig, metrics: MetricsWriter, progress: StepProgress) -> None:
     values = {name: float(value) for name, value in pending.values.items()}
     if not np.isfinite(values["loss"]):
-        records = ", ".join(pending.ids)
+        records = ", ".join(pending.records)
         raise NonFiniteLoss(
             f"loss = {values['loss']} at step {pending.step}; the batch was records {records}; "
             "the last checkpoint is from before this step"
