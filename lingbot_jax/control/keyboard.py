@@ -70,7 +70,7 @@ def _parse_token(token: str, where: str) -> tuple[Bool[np.ndarray, "8"], int]:
         return pressed, frames
     for letter in letters:
         require(letter in KEYS, where, token, f"unknown key {letter!r}; allowed: {' '.join(KEYS)} or none")
-        require(not pressed[KEYS.index(letter)], where, token, f"key {letter!r} is named twice")
+        require(not bool(pressed[KEYS.index(letter)]), where, token, f"key {letter!r} is named twice")
         pressed[KEYS.index(letter)] = True
     return pressed, frames
 
@@ -187,17 +187,17 @@ def keys_from_poses(
     return keys
 
 
-def rotation_x(angle: np.ndarray) -> np.ndarray:
+def rotation_x(angle: np.ndarray | float) -> np.ndarray:
     """Rotations [... 3 3] about x, radians; positive looks up (forward turns to -y)."""
     return _rotation(angle, 1, 2)
 
 
-def rotation_y(angle: np.ndarray) -> np.ndarray:
+def rotation_y(angle: np.ndarray | float) -> np.ndarray:
     """Rotations [... 3 3] about y, radians; positive turns right (forward turns to +x)."""
     return _rotation(angle, 2, 0)
 
 
-def _rotation(angle: np.ndarray, a: int, b: int) -> np.ndarray:
+def _rotation(angle: np.ndarray | float, a: int, b: int) -> np.ndarray:
     """Right-handed rotation in the plane of axes (a, b)."""
     angle = np.asarray(angle, np.float64)
     out = np.zeros((*angle.shape, 3, 3))

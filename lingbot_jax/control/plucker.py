@@ -109,9 +109,9 @@ def latent_keys(keys: Shaped[Array, "*b f k"], temporal_stride: int = 4) -> Floa
 
 
 def clip_control(
-    c2w: Float[np.ndarray, "f 4 4"],
-    intrinsics: Float[np.ndarray, "..."],
-    keys: Shaped[np.ndarray, "f 8"] | None,
+    c2w: np.ndarray,
+    intrinsics: np.ndarray,
+    keys: np.ndarray | None,
     mode: str,
     height: int,
     width: int,
@@ -125,8 +125,8 @@ def clip_control(
     divided as `normalise` says (`poses.relative`). Intrinsics are those of the first frame.
 
     Args:
-      c2w: one pose a video frame, f = temporal_stride * n + 1. intrinsics: [4] or [f 4], in pixels of a
-        height x width image. keys: W A S D I J K L a video frame; unused, and may be None, for mode "cam".
+      c2w: [f 4 4], one pose a video frame, f = temporal_stride * n + 1. intrinsics: [4] or [f 4], in pixels
+        of a height x width image. keys: [f 8]; unused, and may be None, for mode "cam".
     """
     f = len(c2w)
     require(f % temporal_stride == 1 % temporal_stride, "frames", f, f"must be {temporal_stride}n + 1")

@@ -6,10 +6,9 @@ y down, z forward); intrinsics are fx, fy, cx, cy in pixels, with pixel centres 
 """
 
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
-from jaxtyping import Float64
+from jaxtyping import Float, Float64
 
 from lingbot_jax.config import ConfigError, require
 
@@ -76,7 +75,8 @@ def interpolate(c2w: Poses, at: Float64[np.ndarray, "t"]) -> Float64[np.ndarray,
     """
     last = len(c2w) - 1
     at = np.asarray(at, np.float64)
-    require(at.size > 0 and at.min() >= 0 and at.max() <= last, "at", at.tolist(), f"must lie in [0, {last}]")
+    inside = at.size > 0 and at.min() >= 0 and at.max() <= last
+    require(bool(inside), "at", at.tolist(), f"must lie in [0, {last}]")
     low = np.minimum(at.astype(np.int64), max(last - 1, 0))
     high, weight = np.minimum(low + 1, last), at - low
     a, b = c2w[low, :3, 3], c2w[high, :3, 3]
@@ -132,12 +132,13 @@ def slerp(
 
 def relative(
     c2w: Poses,
-    to: Literal["first", "previous"],
-    normalise: Literal["max_norm"] | float | None = None,
+    to: str,
+    normalise: str | float | None = None,
 ) -> Poses:
     """Poses seen from the first camera, or each from the camera before it; pose 0 is the identity.
 
     Args:
+      to: "first" or "previous".
       normalise: "max_norm" divides all translations by the largest one, if any is above 0 (published
         pipelines; needs the whole path); a positive number divides by that many world units (needs no future,
         so interactive play can use it); None leaves world units.
@@ -160,14 +161,16 @@ def _normalised(c2w: np.ndarray, normalise: str | float | None) -> np.ndarray:
         unit = largest if largest > 0 else 1.0
     else:
         ok = isinstance(normalise, (int, float)) and np.isfinite(normalise) and normalise > 0
-        require(ok, "normalise", normalise, "must be None, 'max_norm' or a positive number of world units")
+        require(
+            bool(ok), "normalise", normalise, "must be None, 'max_norm' or a positive number of world units"
+        )
         unit = normalise
     c2w[:, :3, 3] /= unit
     return c2w
 
 
 def transform_intrinsics(
-    intrinsics: np.ndarray,
+    intrinsics: Float[np.ndarray, "*f 4"],
     resize: tuple[int, int],
     crop: tuple[int, int] | None = None,
     base: tuple[int, int] = BASE_SIZE,

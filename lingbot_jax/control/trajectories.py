@@ -69,7 +69,7 @@ def turns(
     _check(frames)
     require(1 <= count[0] <= count[1], "count", count, "must be two whole numbers, 1 or more, in order")
     require(0 <= variation < 1, "variation", variation, "must lie in [0, 1)")
-    circles = int(rng.integers(count[0], count[1], endpoint=True)) * rng.choice([-1, 1])
+    circles = int(rng.integers(count[0], count[1], endpoint=True)) * int(rng.choice([-1, 1]))
     time = np.linspace(0, 1, frames)
     # Time plus sines that vanish at both ends; their slope is at most `variation`, so the turn never stops.
     waves = np.arange(1, 4)
@@ -169,7 +169,7 @@ def recorded(
     if reach is not None:
         farthest = np.linalg.norm(offsets, axis=-1).max()
         require(reach > 0, "reach", reach, "must be positive")
-        require(farthest > 0, "reach", reach, "cannot scale a recording that never moves; use None")
+        require(bool(farthest > 0), "reach", reach, "cannot scale a recording that never moves; use None")
         offsets = offsets * (reach / farthest)
     start = np.eye(4) if start is None else start
     turn = keyboard.rotation_y(_heading(start) - _heading(c2w[0]))
@@ -226,7 +226,7 @@ def _path(
 def _check(frames: int, **positive: float) -> None:
     require(frames >= 1, "frames", frames, "must be at least 1")
     for name, value in positive.items():
-        require(np.isfinite(value) and value > 0, name, value, "must be positive")
+        require(bool(np.isfinite(value) and value > 0), name, value, "must be positive")
 
 
 def _range(name: str, value: tuple[float, float]) -> tuple[float, float]:

@@ -165,7 +165,7 @@ def test_one_frame_is_the_start():
     "call, said",
     [
         (lambda: trajectories.rectangle(rng(), 0), "frames = 0"),
-        (lambda: trajectories.rectangle(rng(), 9, sides=(2, 1)), "sides = (2, 1)"),
+        (lambda: trajectories.rectangle(rng(), 9, sides=(2.0, 1.0)), "sides = (2.0, 1.0)"),
         (lambda: trajectories.rectangle(rng(), 9, step=0.0), "step = 0.0"),
         (lambda: trajectories.turns(rng(), 9, count=(0, 1)), "count = (0, 1)"),
         (lambda: trajectories.turns(rng(), 9, variation=1.0), "variation = 1.0"),
