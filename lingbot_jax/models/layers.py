@@ -20,7 +20,7 @@ from jaxtyping import Array, Float, Float32
 from lingbot_jax import axes as ax
 from lingbot_jax.models.params import Initializer, ones, param, zeros
 from lingbot_jax.models.rope import cos_sin
-from lingbot_jax.parallel.sharding import gathered
+from lingbot_jax.parallel.sharding import gathered, linear
 
 Activation = Callable[[jax.Array], jax.Array]
 
@@ -36,6 +36,18 @@ def gelu(x: jax.Array) -> jax.Array:
     return jax.nn.gelu(x, approximate=True)
 
 
+def matmul(x: Float[Array, "*n i"], kernel: Float[Array, "i o"]) -> Float[Array, "*n o"]:
+    """x W over the last axis.
+
+    Without a mesh the leading axes become one: XLA:CPU then forms the gradient of W in place, while over several
+    axes it first copies both factors into transposed order. Under a mesh they stay apart, because a
+    split axis inside a joined one has no sharding.
+    """
+    if jax.sharding.get_abstract_mesh().empty:
+        return (x.reshape(-1, x.shape[-1]) @ kernel).reshape(*x.shape[:-1], -1)
+    return x @ kernel
+
+
 class Linear(nnx.Module):
     """x W + b."""
 
@@ -46,7 +58,7 @@ class Linear(nnx.Module):
         self.bias = param(key, sizes[1:], axes[1:], zeros)
 
     def __call__(self, x: Float[Array, "*n i"]) -> Float[Array, "*n o"]:
-        return x @ gathered(self.kernel, x.dtype) + gathered(self.bias, x.dtype)
+        return linear(x, self.kernel) + gathered(self.bias, x.dtype)
 
 
 class Mlp(nnx.Module):
@@ -130,7 +142,7 @@ class PatchEmbedding(nnx.Module):
     def project(self, x: Float[Array, "b t h w c"], first: int = 0) -> Float[Array, "b t p d"]:
         """Projects the channels `first : first + c` of the input, without the bias."""
         kernel = gathered(self.kernel, x.dtype)[:, first : first + x.shape[-1]]
-        return patchify(x, self.patch) @ kernel.reshape(-1, kernel.shape[-1])
+        return matmul(patchify(x, self.patch), kernel.reshape(-1, kernel.shape[-1]))
 
     def __call__(self, x: Float[Array, "b t h w c"]) -> Float[Array, "b t p d"]:
         return self.project(x) + gathered(self.bias, x.dtype)
