@@ -142,7 +142,7 @@ def training_table(
     return TrainingTable(sigmas, timesteps, bell * (steps / bell.sum()))
 
 
-def warped(levels: tuple[int, ...] = (1000, 750, 500, 250), shift: float = 5.0) -> FewSteps:
+def warped(shift: float = 5.0, levels: tuple[int, ...] = (1000, 750, 500, 250)) -> FewSteps:
     """Self-Forcing's list of levels (counts of 1000) mapped through the shifted table; 0 stays 0."""
     require(all(0 < v <= TRAIN_STEPS for v in levels), "levels", levels, f"must be in (0, {TRAIN_STEPS}]")
     table = training_table(shift)

@@ -89,7 +89,7 @@ def fm_scheduler(case: Case):
         )
         levels = np.asarray(case["warp_in"])
         warped = np.zeros(levels.shape)  # 0 stays 0
-        warped[levels > 0] = schedule.warped(tuple(levels[levels > 0].tolist()), shift).timesteps
+        warped[levels > 0] = schedule.warped(shift, tuple(levels[levels > 0].tolist())).timesteps
         default = schedule.training_table(shift, 50, smallest=0.003 / 1.002, end_point=True)
         for name, ours, tolerance in (
             ("sigmas", table.sigmas, exact),

@@ -1,0 +1,154 @@
+"""The key-value cache of a causal rollout: sink slots and a ring, with shapes that never change.
+
+A slot holds one latent frame (all its tokens, all layers). Frame f lives in slot f while f < sink, and in slot
+sink + (f - sink) mod ring afterwards, so valid slots are always a prefix and writing is an index, never a shift:
+
+    sink = 2, ring = 4     frames 0..5:  [0 1 | 2 3 4 5]      frames 6, 7 come:  [0 1 | 6 7 4 5]
+
+The cache holds what the *next* chunk sees besides itself: a window of w latent frames (as published: sink and
+own chunk included) needs ring = w - sink - chunk slots. Attention does not care about the order of slots: every
+key carries its position.
+
+Positions are those of the clip ("absolute", as published: keys are stored rotated, reading is free), or those
+in the window ("relative": keys are stored un-rotated and rotated when a chunk starts, once for all of its
+denoising steps; the rotary angles never leave the trained range, however long the play).
+"""
+
+import dataclasses
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from kernels_pallas.context import Context, valid_slots
+from lingbot_jax.config import DiTConfig, require
+from lingbot_jax.models import rope
+from lingbot_jax.models.attention import KV
+
+Positions = Literal["absolute", "relative"]
+
+
+@dataclasses.dataclass(frozen=True)
+class CacheLayout:
+    """The static part of a cache.
+
+    Attributes:
+      sink: slots for the first frames of the clip, which stay. ring: slots for the latest frames.
+      rows, columns: tokens of a latent frame. positions: see the module.
+    """
+
+    sink: int
+    ring: int
+    rows: int
+    columns: int
+    positions: Positions = "absolute"
+
+    def __post_init__(self):
+        require(self.sink >= 0, "cache.sink", self.sink, "must not be negative")
+        require(self.ring >= 0, "cache.ring", self.ring, "must not be negative")
+
+    @property
+    def slots(self) -> int:
+        return self.sink + self.ring
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of a latent frame."""
+        return self.rows * self.columns
+
+    def slot(self, frame: Int[Array, "*n"]) -> Int[Array, "*n"]:
+        """The slot of a frame; without a ring, frames past the sink have none (the result is >= slots)."""
+        return jnp.where(frame < self.sink, frame, self.sink + (frame - self.sink) % max(self.ring, 1))
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class KVCache:
+    """Keys and values of past latent frames, for all layers.
+
+    Attributes:
+      keys, values: `[layers b slots p h k]`; keys normed, and rotated if the positions are absolute.
+      frames: int32 [slots], the frame in each slot, -1 if none. count: int32, frames written so far.
+      layout: static.
+    """
+
+    keys: Float[Array, "layers b slots p h k"]
+    values: Float[Array, "layers b slots p h k"]
+    frames: Int[Array, "slots"]
+    count: Int[Array, ""]
+    layout: CacheLayout = dataclasses.field(metadata={"static": True})
+
+    @classmethod
+    def empty(cls, config: DiTConfig, layout: CacheLayout, batch: int) -> "KVCache":
+        """A cache without frames, in the model's compute dtype."""
+        shape = (config.layers, batch, layout.slots, layout.tokens, config.heads, config.head_dim)
+        # Two arrays, not one twice: both are donated.
+        return cls(
+            jnp.zeros(shape, config.dtype),
+            jnp.zeros(shape, config.dtype),
+            jnp.full(layout.slots, -1, jnp.int32),
+            jnp.int32(0),
+            layout,
+        )
+
+    def positions(self, t: int) -> Int[Array, "t"]:
+        """Rotary positions of the next t frames."""
+        first = self.count
+        if self.layout.positions == "relative":
+            first = jnp.minimum(first, self.layout.slots)
+        return first + jnp.arange(t, dtype=jnp.int32)
+
+    def slot_positions(self) -> Int[Array, "slots"]:
+        """Rotary position of the frame in each slot; 0 where there is none."""
+        position = self.frames
+        if self.layout.positions == "relative":
+            # Frames that left the window pull the ring towards the sink: its oldest frame is at `sink`.
+            gone = jnp.maximum(self.count - self.layout.slots, 0)
+            position = jnp.where(position < self.layout.sink, position, position - gone)
+        return jnp.maximum(position, 0)
+
+    def context(self, config: DiTConfig) -> Context:
+        """What attention sees of the cache. With relative positions this rotates all keys: call it once a
+        chunk, outside the loop over denoising steps."""
+        keys = self.keys
+        if self.layout.positions == "relative":
+            keys = rope.rotate(keys, self._table(self.slot_positions(), config))
+        flat = lambda x: x.reshape(*x.shape[:2], -1, *x.shape[4:])
+        valid = jnp.minimum(self.count, self.layout.slots) * self.layout.tokens
+        return Context(flat(keys), flat(self.values), valid_slots((0, valid)))
+
+    def write(self, kv: KV, config: DiTConfig) -> "KVCache":
+        """Appends frames: `kv` of a forward pass over the next frames, keys normed and not rotated.
+
+        Frames that fit nowhere (no ring, sink full) are counted and not stored.
+        """
+        layout = self.layout
+        keys, values = (
+            x.reshape(*x.shape[:2], -1, layout.tokens, *x.shape[3:]).astype(self.keys.dtype)
+            for x in (kv.keys, kv.values)
+        )
+        t = keys.shape[2]
+        ids = self.count + jnp.arange(t, dtype=jnp.int32)
+        if layout.positions == "absolute":
+            keys = rope.rotate(keys, self._table(ids, config))
+        slots, held = layout.slot(ids), (self.keys, self.values, self.frames)
+        for i in range(
+            t if layout.slots else 0
+        ):  # in order, so that of two frames for a slot the later stays
+            new = (keys[:, :, i], values[:, :, i], ids[i])
+            if layout.ring == 0:  # keep what is there instead of storing past the end
+                at = jnp.minimum(slots[i], layout.slots - 1)
+                old = (self.keys[:, :, at], self.values[:, :, at], self.frames[at])
+                new = jax.tree.map(lambda n, o, i=i: jnp.where(ids[i] < layout.sink, n, o), new, old)
+            held = (
+                jax.lax.dynamic_update_index_in_dim(held[0], new[0], slots[i], 2),
+                jax.lax.dynamic_update_index_in_dim(held[1], new[1], slots[i], 2),
+                held[2].at[slots[i]].set(new[2]),
+            )
+        return dataclasses.replace(self, keys=held[0], values=held[1], frames=held[2], count=self.count + t)
+
+    def _table(self, positions: Int[Array, "t"], config: DiTConfig) -> rope.Rotary:
+        return rope.rotary(
+            positions, self.layout.rows, self.layout.columns, config.head_dim, config.rope_theta
+        )
