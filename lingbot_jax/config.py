@@ -11,6 +11,8 @@ import typing
 from collections.abc import Mapping
 from typing import Any, Literal, TypeVar
 
+from ml_collections import ConfigDict, config_dict
+
 T = TypeVar("T")
 
 Control = Literal["none", "cam", "act", "cam_act"]
@@ -161,3 +163,31 @@ def build(kind: type[T], values: Mapping[str, Any], path: str = "config") -> T:
     if missing:
         raise ConfigError(f"{path}.{missing[0]}: missing; it has no default")
     return kind(**made)
+
+
+def template(kind: type, values: Mapping[str, Any]) -> ConfigDict:
+    """A ConfigDict with every field of the dataclass `kind`: `values`, and the defaults of all others.
+
+    Config files return it, so that any field can be overridden on the command line, and no other.
+    """
+    hints, made = typing.get_type_hints(kind), {}
+    for field in dataclasses.fields(kind):
+        hint, given = hints[field.name], values.get(field.name, dataclasses.MISSING)
+        default = (
+            field.default_factory() if field.default_factory is not dataclasses.MISSING else field.default
+        )
+        if dataclasses.is_dataclass(hint):
+            base = dataclasses.asdict(default) if dataclasses.is_dataclass(default) else {}
+            made[field.name] = template(hint, base | ({} if given is dataclasses.MISSING else given))
+        elif given is not dataclasses.MISSING:
+            made[field.name] = given
+        elif default is None:
+            made[field.name] = config_dict.placeholder(
+                next(a for a in typing.get_args(hint) if a is not type(None))
+            )
+        elif default is not dataclasses.MISSING:
+            made[field.name] = default
+    unknown = sorted(set(values) - set(hints))
+    if unknown:
+        raise ConfigError(f"{kind.__name__}.{unknown[0]}: unknown field; allowed: {', '.join(sorted(hints))}")
+    return ConfigDict(made)

@@ -1,12 +1,24 @@
 """The tiny world: trains on a laptop CPU in minutes on real game frames.
 
-One argument names the experiment: `tiny.py:collect`, `:codec`, `:world`, `:action`. Everything lives under
-`root` (default runs/demo). `make demo` runs them in this order.
+One argument names the experiment; `make demo` runs collect, codec, world, action and evaluate in this order,
+under runs/demo:
+
+    python -m experiments.collect  --config=experiments/configs/tiny.py:collect
+    python -m experiments.prepare  --config=experiments/configs/tiny.py:codec
+    python -m experiments.train    --config=experiments/configs/tiny.py:world
+    python -m experiments.train    --config=experiments/configs/tiny.py:action
+    python -m experiments.evaluate --config=experiments/configs/tiny.py:evaluate
 """
 
 from ml_collections import ConfigDict
 
+from experiments.configs.schema import EvaluateConfig, PrepareConfig
+from lingbot_jax.config import template
+from lingbot_jax.engine.collect.config import CollectConfig
+from lingbot_jax.training.config import TrainConfig
+
 ROOT = "runs/demo"
+CHANNELS = 32
 
 
 def _model() -> dict:
@@ -18,32 +30,68 @@ def _model() -> dict:
         "freq_dim": 64,
         "text_dim": 64,
         "text_len": 8,
-        "latent_channels": 24,
+        "latent_channels": CHANNELS,
         "control": "cam_act",
         "dtype": "float32",
     }
 
 
+def _data() -> dict:
+    return {"path": f"{ROOT}/data", "frames": 17, "batch": 16}
+
+
+def _collect() -> ConfigDict:
+    return template(CollectConfig, {"out": f"{ROOT}/data", "clips": 1280, "held_out": 96})
+
+
+def _codec() -> ConfigDict:
+    return template(
+        PrepareConfig, {"out": f"{ROOT}/codec.safetensors", "data": _data(), "codec": {"channels": CHANNELS}}
+    )
+
+
 def _train(stage: str) -> ConfigDict:
-    return ConfigDict(
-        {
+    start = {} if stage == "world" else {"init": f"{ROOT}/world"}
+    return template(
+        TrainConfig,
+        start
+        | {
             "run": f"{ROOT}/{stage}",
             "stage": stage,
-            "steps": 1000,
+            "steps": {"world": 1400, "action": 200}[stage],
             "codec": f"{ROOT}/codec.safetensors",
             "model": _model(),
-            "data": {"path": f"{ROOT}/data", "frames": 33, "batch": 16},
+            "data": _data(),
             # One game has one scale, and poses relative to the first frame say where the camera is looking.
             "pose": {"reference": "first", "translation": "metric"},
             "tasks": {"continuation": 0.3, "max_given": 3},
             "flow": {"shift": 3.0},
             "optimizer": {"learning_rate": 2e-3, "warmup": 50, "decay": "cosine", "ema": 0.99},
             "checkpoint": {"every": 200},
-        }
+        },
+    )
+
+
+def _evaluate() -> ConfigDict:
+    return template(
+        EvaluateConfig,
+        {
+            "run": f"{ROOT}/action",
+            "out": f"{ROOT}/evaluation",
+            "frames": 17,
+            "sample": {"steps": 4, "shift": 3.0, "solver": "euler", "guidance": {"low": 1.0, "high": 1.0}},
+        },
     )
 
 
 def get_config(experiment: str = "world") -> ConfigDict:
-    if experiment in ("world", "action"):
-        return _train(experiment)
-    raise ValueError(f"tiny.py:{experiment}: unknown experiment; choose collect, codec, world or action")
+    made = {
+        "collect": _collect,
+        "codec": _codec,
+        "world": lambda: _train("world"),
+        "action": lambda: _train("action"),
+        "evaluate": _evaluate,
+    }
+    if experiment not in made:
+        raise ValueError(f"tiny.py:{experiment}: unknown experiment; choose one of {', '.join(made)}")
+    return made[experiment]()

@@ -16,9 +16,8 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
 from lingbot_jax.config import ConfigError, build
-from lingbot_jax.models.dit import WorldDiT
 from lingbot_jax.training.config import CheckpointConfig, TrainConfig
-from lingbot_jax.training.state import Arrays, TrainState, flatten, init_state
+from lingbot_jax.training.state import Arrays, TrainState, abstract_state
 
 _log = logging.getLogger(__name__)
 
@@ -92,7 +91,7 @@ def load_ema(run: str | pathlib.Path) -> Arrays:
       ConfigError: no run or no checkpoint there.
     """
     config = load_config(run)
-    state = jax.eval_shape(lambda: init_state(config, flatten(WorldDiT(config.model, jax.random.key(0)))))
+    state = abstract_state(config)
     fields = {"ema": state.ema, "frozen": state.frozen}
     checkpoints = Checkpoints(run, config.checkpoint)
     found = checkpoints.restore_fields(fields)
@@ -127,9 +126,8 @@ def _digest(tree: Any) -> jax.Array:
     for leaf in jax.tree.leaves(tree):
         bits = jnp.uint16 if leaf.dtype.itemsize == 2 else jnp.uint32
         words = jax.lax.bitcast_convert_type(leaf, bits).astype(jnp.uint32)
-        for axis, size in enumerate(
-            words.shape
-        ):  # an odd weight per position: any flipped bit changes the sum
+        # An odd weight per position along every axis: any flipped bit changes the sum.
+        for axis, size in enumerate(words.shape):
             index = jax.lax.broadcasted_iota(jnp.uint32, words.shape, axis)
             words = words * (2 * (index + jnp.uint32(size)) * jnp.uint32(0x9E3779B1) + jnp.uint32(1))
         total = total * jnp.uint32(0x01000193) + words.sum(dtype=jnp.uint32)

@@ -15,14 +15,20 @@ from lingbot_jax.config import ConfigError
 from lingbot_jax.data.loader import Batch as Window
 from lingbot_jax.data.loader import TrainLoader
 from lingbot_jax.models.codec import Codec
-from lingbot_jax.models.dit import WorldDiT
 from lingbot_jax.models.text import TextEncoder
 from lingbot_jax.training.checkpoints import Checkpoints, load_ema
 from lingbot_jax.training.config import TrainConfig
 from lingbot_jax.training.encode import ClipEncoder
 from lingbot_jax.training.metrics import MetricsWriter, StepProgress
 from lingbot_jax.training.objectives.world import draw_given
-from lingbot_jax.training.state import Arrays, TrainState, flatten, init_state, random_key
+from lingbot_jax.training.state import (
+    Arrays,
+    TrainState,
+    abstract_state,
+    init_state,
+    random_arrays,
+    random_key,
+)
 from lingbot_jax.training.step import Batch, make_train_step
 
 
@@ -46,13 +52,12 @@ def train(config: TrainConfig, codec: Codec, text_encoder: TextEncoder, loader: 
 
     # --- State: a checkpoint of this run, else the run named by `init`, else random.
     checkpoints = Checkpoints(run, config.checkpoint)
-    fresh = lambda: init_state(config, initial_arrays(config))
-    restored = checkpoints.restore(jax.eval_shape(fresh))
+    restored = checkpoints.restore(abstract_state(config))
     if restored:
         state, position = restored
         loader.set_state(position)
     else:
-        state = fresh()
+        state = init_state(config, initial_arrays(config))
     start = int(state.step)
 
     # --- Step, and how a window becomes its batch.
@@ -126,7 +131,7 @@ def _difference(was, now) -> tuple[str, str]:
 
 def initial_arrays(config: TrainConfig) -> Arrays:
     """Parameters a new run starts from: those of the run `init` where it has them, random ones elsewhere."""
-    model = jax.jit(lambda key: flatten(WorldDiT(config.model, key)))(random_key(config.seed, 0, "init"))
+    model = jax.jit(lambda: random_arrays(config))()
     if config.init is None:
         return model
     given = load_ema(config.init)

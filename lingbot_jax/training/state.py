@@ -77,6 +77,16 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
     )
 
 
+def random_arrays(config: TrainConfig) -> Arrays:
+    """Freshly initialised parameters."""
+    return flatten(WorldDiT(config.model, random_key(config.seed, 0, "init")))
+
+
+def abstract_state(config: TrainConfig) -> TrainState:
+    """The state's shapes and types; nothing is allocated."""
+    return jax.eval_shape(lambda: init_state(config, random_arrays(config)))
+
+
 def init_state(config: TrainConfig, arrays: Arrays) -> TrainState:
     """A fresh state around existing parameters."""
     trainable = {path: leaf for path, leaf in arrays.items() if trains(config.stage, path)}

@@ -1,0 +1,294 @@
+"""The whole path in minutes on a CPU: collect, fit the codec, train, generate, evaluate, report (`make demo`).
+
+python -m experiments.quickstart [--fresh] [--root=runs/demo] [--set=STAGE.FIELD=VALUE ...]
+
+Every stage is an experiment of its own, run with the command that is shown. Running it twice reuses what is
+there and goes on where it stopped; --fresh starts over. Ends with ROOT/report.html and ROOT/metrics.json.
+"""
+
+import dataclasses
+import json
+import os
+import pathlib
+import shlex
+import shutil
+import subprocess
+import sys
+import threading
+import time
+
+import psutil
+from absl import flags
+from rich.console import Console
+from rich.table import Table
+
+from experiments import common
+from experiments.common import UserError
+from lingbot_jax.data.loader import LoaderConfig, evaluation_batches
+from lingbot_jax.data.video import write_image
+from lingbot_jax.evaluation.report import Report, plot_lines
+from lingbot_jax.training.checkpoints import load_config
+from lingbot_jax.training.metrics import read_metrics
+
+FLAGS = flags.FLAGS
+flags.DEFINE_string("root", "runs/demo", "folder of everything the demo makes")
+flags.DEFINE_bool("fresh", False, "remove what an earlier run made, and start over")
+flags.DEFINE_multi_string(
+    "set", [], "STAGE.FIELD=VALUE: a config override of one stage, e.g. world.steps=100"
+)
+
+CONFIG = "experiments/configs/tiny.py"
+KEYS = "w-12,wl-16,w-8,j-12"  # of the showcase clip: 49 frames
+TARGETS = {"true_over_frozen": 2.0, "true_over_other": 1.5, "minutes": 12.0, "peak_rss_gib": 6.0}
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """One experiment: what it makes (`out`, a file or a folder), and the config fields that say where."""
+
+    name: str
+    title: str
+    experiment: str
+    out: pathlib.Path
+    fields: dict[str, str]
+
+    def command(self, overrides: list[str]) -> list[str]:
+        config = [f"--config={CONFIG}:{self.name}"]
+        given = [f"--config.{name}={value}" for name, value in self.fields.items()]
+        return [sys.executable, "-m", f"experiments.{self.experiment}", *config, *given, *overrides]
+
+
+def stages(root: pathlib.Path) -> list[Stage]:
+    data, codec = root / "data", root / "codec.safetensors"
+    world, action, out = root / "world", root / "action", root / "evaluation"
+    paths = lambda **fields: {name.replace("__", "."): str(path) for name, path in fields.items()}
+    return [
+        Stage("collect", "Play the game", "collect", data, paths(out=data)),
+        Stage("codec", "Fit the latent codec", "prepare", codec, paths(out=codec, data__path=data)),
+        Stage(
+            "world",
+            "Train the world model",
+            "train",
+            world,
+            paths(run=world, codec=codec, data__path=data),
+        ),
+        Stage(
+            "action",
+            "Train the action adapters",
+            "train",
+            action,
+            paths(run=action, init=world, codec=codec, data__path=data),
+        ),
+        Stage(
+            "evaluate",
+            "Measure held-out clips",
+            "evaluate",
+            out / "evaluation.json",
+            paths(run=action, out=out),
+        ),
+    ]
+
+
+class PeakMemory(threading.Thread):
+    """Samples the resident memory of a process and its children, twice a second."""
+
+    def __init__(self, pid: int):
+        super().__init__(daemon=True)
+        self._root, self._stop_event, self.gib = psutil.Process(pid), threading.Event(), 0.0
+
+    def run(self) -> None:
+        while not self._stop_event.wait(0.5):
+            total = 0
+            try:
+                for process in [self._root, *self._root.children(recursive=True)]:
+                    total += process.memory_info().rss
+            except psutil.NoSuchProcess:
+                continue  # it ended between the listing and the reading
+            self.gib = max(self.gib, total / 2**30)
+
+    def stop(self) -> float:
+        self._stop_event.set()
+        self.join()
+        return self.gib
+
+
+def run_stage(stage: Stage, command: list[str], log: dict, path: pathlib.Path) -> None:
+    """Runs one stage and records its seconds and memory; an interrupted stage adds up over its attempts."""
+    shown = _shown(command)
+    print(f"\n$ {shown}", flush=True)
+    began = time.monotonic()
+    environment = {"JAX_PLATFORMS": "cpu", **os.environ}
+    process = subprocess.Popen(command, env=environment)
+    memory = PeakMemory(process.pid)
+    memory.start()
+    code = None
+    try:
+        code = process.wait()
+    except KeyboardInterrupt:
+        process.terminate()
+        process.wait()
+        raise UserError("interrupted; the same command goes on from here") from None
+    finally:
+        before = log.get(stage.name, {"seconds": 0.0, "peak_rss_gib": 0.0})
+        log[stage.name] = {
+            "command": shown,
+            "done": code == 0,
+            "seconds": before["seconds"] + time.monotonic() - began,
+            "peak_rss_gib": max(before["peak_rss_gib"], memory.stop()),
+        }
+        path.write_text(json.dumps(log, indent=2) + "\n")
+    if code:
+        raise UserError(f"stage {stage.name} ended with code {code}; its message is above")
+
+
+def showcase(root: pathlib.Path) -> list[str]:
+    """Cuts the first frame of a held-out clip and returns the command that goes for a walk from it."""
+    run = load_config(root / "action")
+    batch = next(evaluation_batches(LoaderConfig(str(root / "data"), frames=1, batch=1)))
+    image = root / "first_frame.png"
+    write_image(image, batch["frames"][0, 0])
+    fx, fy, cx, cy = batch["intrinsics"][0, 0]
+    return [
+        sys.executable,
+        "-m",
+        "experiments.generate",
+        f"--run={root / 'action'}",
+        f"--image={image}",
+        f"--keys={KEYS}",
+        f"--prompt={batch[run.tasks.caption][0]}",
+        f"--out={root / 'walk'}",
+    ]
+
+
+def main() -> None:
+    root, console = pathlib.Path(FLAGS.root), Console()
+    if FLAGS.fresh and root.exists():
+        shutil.rmtree(root)
+    root.mkdir(parents=True, exist_ok=True)
+    plan, log_path = stages(root), root / "stages.json"
+    names = {stage.name for stage in plan}
+    overrides: dict[str, list[str]] = {name: [] for name in names}
+    for item in FLAGS.set:
+        name, _, field = item.partition(".")
+        if name not in names or "=" not in field:
+            raise UserError(
+                f"--set={item}: must be STAGE.FIELD=VALUE with a stage of {', '.join(sorted(names))}"
+            )
+        overrides[name].append(f"--config.{field}")
+
+    log = json.loads(log_path.read_text()) if log_path.exists() else {}
+    commands = {stage.name: stage.command(overrides[stage.name]) for stage in plan}
+    there = [stage.out.exists() and _ended(log.get(stage.name), commands[stage.name]) for stage in plan]
+    first = there.index(False) if False in there else len(plan)
+    table = Table("stage", "what", "state", title=f"lingbot_jax demo in {root}")
+    for number, stage in enumerate(plan):
+        table.add_row(stage.name, stage.title, "there" if number < first else "to do")
+    console.print(table)
+    for number, stage in enumerate(plan[first:], first):
+        if there[number] and stage.out.exists():  # made from what an earlier stage is about to replace
+            shutil.rmtree(stage.out) if stage.out.is_dir() else stage.out.unlink()
+            del log[stage.name]
+        console.rule(f"{number + 1}/{len(plan)} {stage.title}")
+        run_stage(stage, commands[stage.name], log, log_path)
+    metrics = write_report(root, plan, log)
+    summary = Table("measure", "value", title=str(root / "report.html"))
+    for name, value in metrics.items():
+        summary.add_row(name, f"{value:.2f}" if isinstance(value, float) else str(value))
+    console.print(summary)
+
+
+def _ended(entry: dict | None, command: list[str]) -> bool:
+    return bool(entry) and entry["done"] and entry["command"] == _shown(command)
+
+
+def _shown(command: list[str]) -> str:
+    return shlex.join(["python", *command[1:]])
+
+
+def write_report(root: pathlib.Path, plan: list[Stage], log: dict) -> dict:
+    """Writes metrics.json and report.html from what the stages left; returns the metrics."""
+    evaluation = json.loads((root / "evaluation" / "evaluation.json").read_text())
+    curves = {name: list(read_metrics(root / name)) for name in ("world", "action")}
+    minutes = sum(entry["seconds"] for entry in log.values()) / 60
+    peak = max(entry["peak_rss_gib"] for entry in log.values())
+    measures = [k for k, v in evaluation.items() if not isinstance(v, dict)]
+    metrics = {name: evaluation[name] for name in measures} | {
+        "minutes": minutes,
+        "peak_rss_gib": peak,
+        "train_steps": sum(lines[-1]["step"] for lines in curves.values()),
+    }
+    partial = root / "metrics.json.partial"
+    partial.write_text(json.dumps(metrics, indent=2) + "\n")
+    partial.replace(root / "metrics.json")
+
+    plot_lines(
+        root / "loss.png",
+        [(name, [m["step"] for m in lines], [m["loss"] for m in lines]) for name, lines in curves.items()],
+        "step",
+        "flow matching loss",
+        log=True,
+    )
+    frames = range(1, evaluation["generated_frames"] + 1)
+    by_frame = evaluation["psnr_by_frame"].items()
+    plot_lines(
+        root / "psnr.png", [(k.replace("_", " "), frames, v) for k, v in by_frame], "frame", "PSNR (dB)"
+    )
+
+    true, frozen, other = (metrics[f"psnr_{k}"] for k in ("true_keys", "frozen", "other_keys"))
+    report = Report(
+        "A small world model, learnt from a game in minutes",
+        f"{metrics['train_steps']} steps on this CPU, from frames that a player collected in Doom's engine. "
+        "It is given one picture and the keys, and imagines the rest.",
+    )
+    report.cards(
+        [
+            (
+                f"{true - frozen:+.2f} dB",
+                "PSNR over a frozen first frame (target +2)",
+                true - frozen >= TARGETS["true_over_frozen"],
+            ),
+            (
+                f"{true - other:+.2f} dB",
+                "PSNR over another clip's keys (target +1.5)",
+                true - other >= TARGETS["true_over_other"],
+            ),
+            (f"{metrics['yaw_sign_agreement']:.0%}", "turns that go the way of the key", None),
+            (f"{minutes:.1f} min", "all stages (target 12)", minutes <= TARGETS["minutes"]),
+            (f"{peak:.1f} GiB", "resident memory at most (target 6)", peak <= TARGETS["peak_rss_gib"]),
+        ]
+    )
+    report.heading("Held-out clips: truth, generated with the true keys, generated with another clip's keys")
+    report.text(
+        f"The maps of these {evaluation['clips']} clips were never trained on. Every generated clip starts from the "
+        "true first frame; the third column walks through the same world with keys it was not recorded with."
+    )
+    report.video("evaluation/generated.mp4")
+    report.image("evaluation/sheet.png", "contact sheet of held-out clips")
+    report.heading("Numbers")
+    rows = [
+        [name, f"{value:.3f}" if isinstance(value, float) else str(value)] for name, value in metrics.items()
+    ]
+    report.table(["measure", "value"], rows)
+    report.image("psnr.png", "PSNR by frame")
+    report.heading("Training")
+    report.image("loss.png", "loss curves")
+    report.heading("Stages")
+    report.table(
+        ["stage", "seconds", "GiB", "command"],
+        [
+            [
+                s.name,
+                f"{log[s.name]['seconds']:.0f}",
+                f"{log[s.name]['peak_rss_gib']:.1f}",
+                log[s.name]["command"],
+            ]
+            for s in plan
+            if s.name in log
+        ],
+    )
+    report.write(root / "report.html")
+    return metrics
+
+
+if __name__ == "__main__":
+    common.run(main)
