@@ -42,16 +42,14 @@ def parse(text: str) -> Bool[np.ndarray, "f 8"]:
     rows = [np.zeros((1, len(KEYS)), bool)]
     total, start = 0, 0
     for token in text.split(","):
-        position = start + len(token) - len(token.lstrip()) + 1
+        where = f"keys text, character {start + len(token) - len(token.lstrip()) + 1}"
         start += len(token) + 1
-        pressed, frames = _parse_token(token.strip(), f"keys text, character {position}")
+        token = token.strip()
+        pressed, frames = _parse_token(token, where)
         total += frames
-        require(total <= MAX_FRAMES, f"keys text, character {position}", token.strip(), _TOO_LONG)
+        require(total <= MAX_FRAMES, where, token, f"together more than {MAX_FRAMES} frames; use fewer")
         rows.append(np.repeat(pressed[None], frames, axis=0))
     return np.concatenate(rows)
-
-
-_TOO_LONG = f"together more than {MAX_FRAMES} frames; use fewer"
 
 
 def _parse_token(token: str, where: str) -> tuple[Bool[np.ndarray, "8"], int]:

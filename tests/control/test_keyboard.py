@@ -154,6 +154,9 @@ def test_pitch_stops_at_the_last_whole_step_and_comes_back():
     np.testing.assert_allclose(elevation[42:61], 84, atol=1e-10)
     np.testing.assert_allclose(elevation[61], 82, atol=1e-10)
     np.testing.assert_allclose(np.degrees(np.arcsin(-one("i", 99, pitch_limit=84.0)[1, 2])), 84, atol=1e-10)
+    # Three steps of 0.1 degrees reach a limit of 0.3, although 3 * 0.1 > 0.3 in binary.
+    low = one("i", 9, pitch_degrees=0.1, pitch_limit=0.3)
+    np.testing.assert_allclose(np.degrees(np.arcsin(-low[1, 2])), 0.3, atol=1e-9)
     beyond = level_start(0, 0, 0, 0, 88)
     np.testing.assert_allclose(one("i", 5, start=beyond), beyond, atol=1e-12)
     np.testing.assert_allclose(np.degrees(np.arcsin(-one("k", 5, start=beyond)[1, 2])), 78, atol=1e-9)
