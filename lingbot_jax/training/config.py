@@ -69,9 +69,17 @@ class FlowConfig:
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW with linear warm-up, then constant or cosine to zero at the last step; clipped by global norm."""
+    """Linear warm-up, then constant or cosine to zero at the last step; gradients clipped by global norm.
 
+    Attributes:
+      algorithm: `adamw`, or `muon`: orthogonalised momentum for the matrices of the blocks and AdamW for the
+        rest. Muon learns small worlds from scratch in about half the steps.
+      learning_rate: of AdamW. muon_rate: of Muon, in spectral norm (0.02 is its usual value).
+    """
+
+    algorithm: Literal["adamw", "muon"] = "adamw"
     learning_rate: float = 1e-5
+    muon_rate: float = 0.02
     warmup: int = 100
     decay: Literal["constant", "cosine"] = "constant"
     b1: float = 0.9

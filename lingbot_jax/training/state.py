@@ -10,6 +10,7 @@ import zlib
 import jax
 import jax.numpy as jnp
 import optax
+import optax.contrib
 from flax import nnx
 from jaxtyping import Array, Int, PRNGKeyArray
 
@@ -60,21 +61,37 @@ def merge(template: WorldDiT, arrays: Arrays) -> WorldDiT:
 
 
 def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
-    warmup = min(config.warmup, steps)
-    rate = optax.linear_schedule(0.0, config.learning_rate, warmup) if warmup else None
-    after = {
-        "constant": optax.constant_schedule(config.learning_rate),
-        "cosine": optax.cosine_decay_schedule(config.learning_rate, max(steps - warmup, 1)),
-    }[config.decay]
-    schedule = optax.join_schedules([rate, after], [warmup]) if rate else after
+    def schedule(peak: float) -> optax.Schedule:
+        warmup = min(config.warmup, steps)
+        after = {
+            "constant": optax.constant_schedule(peak),
+            "cosine": optax.cosine_decay_schedule(peak, max(steps - warmup, 1)),
+        }[config.decay]
+        return (
+            optax.join_schedules([optax.linear_schedule(0.0, peak, warmup), after], [warmup])
+            if warmup
+            else after
+        )
+
     # Gains, biases and modulation vectors are not decayed: decay is for matrices.
-    decayed = lambda arrays: {
-        path: leaf.ndim > 1 and path.endswith("kernel") for path, leaf in arrays.items()
-    }
-    return optax.chain(
-        optax.clip_by_global_norm(config.clip),
-        optax.adamw(schedule, config.b1, config.b2, weight_decay=config.weight_decay, mask=decayed),
-    )
+    decayed = lambda arrays: {path: path.endswith("kernel") for path in arrays}
+    rate = schedule(config.learning_rate)
+    if config.algorithm == "adamw":
+        update = optax.adamw(rate, config.b1, config.b2, weight_decay=config.weight_decay, mask=decayed)
+    else:
+        matrix = optax.contrib.MuonDimensionNumbers(reduction_axis=1, output_axis=2)  # [layers in out]
+        update = optax.contrib.muon(
+            schedule(config.muon_rate),
+            weight_decay=config.weight_decay,
+            adam_learning_rate=rate,
+            adam_b1=config.b1,
+            adam_b2=config.b2,
+            muon_weight_dimension_numbers=lambda arrays: {
+                path: matrix if path.startswith("blocks.") and path.endswith("kernel") else None
+                for path in arrays
+            },
+        )
+    return optax.chain(optax.clip_by_global_norm(config.clip), update)
 
 
 def random_arrays(config: TrainConfig) -> Arrays:
