@@ -36,14 +36,15 @@ class KV:
     values: Array
 
 
-def attend_text(
-    q: Float[Array, "b n h k"], k: Float[Array, "b l h k"], v: Float[Array, "b l h k"]
-) -> Float[Array, "b n h k"]:
-    """softmax(q k^T / sqrt(k)) v with float32 scores. Heads before tokens: XLA:CPU is 2-3 times faster so."""
-    q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))
-    scores = jnp.einsum("bhnk,bhlk->bhnl", q, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
+def attend_text(q: Heads, k: Float[Array, "b l h k"], v: Float[Array, "b l h k"]) -> Heads:
+    """softmax(q k^T / sqrt(k)) v with float32 scores. Heads before tokens: XLA:CPU is 2-3 times faster so.
+
+    Frames and their tokens stay apart: under a mesh the tokens are split, and merging the axes would gather them.
+    """
+    q, k, v = jnp.moveaxis(q, 3, 1), k.swapaxes(1, 2), v.swapaxes(1, 2)
+    scores = jnp.einsum("bhtpk,bhlk->bhtpl", q, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
     weights = jax.nn.softmax(scores, -1).astype(v.dtype)
-    return jnp.einsum("bhnl,bhlk->bhnk", weights, v).swapaxes(1, 2)
+    return jnp.moveaxis(jnp.einsum("bhtpl,bhlk->bhtpk", weights, v), 1, 3)
 
 
 def attend_local(
@@ -125,6 +126,4 @@ class CrossAttention(_Projections):
         self, x: Float[Array, "b t p d"], keys: Float[Array, "b l h k"], values: Float[Array, "b l h k"]
     ) -> Float[Array, "b t p d"]:
         """Every token sees every text token; zero-padded ones are not masked, as published."""
-        q = self.queries(x)
-        flat = q.reshape(q.shape[0], -1, *q.shape[3:])
-        return self.output(attend_text(flat, keys, values).reshape(q.shape))
+        return self.output(attend_text(self.queries(x), keys, values))

@@ -2,12 +2,12 @@
 
 Parameters, their gradients and the optimiser state are sharded over `fsdp` x `seq` (ZeRO-3): no device
 holds a whole matrix between steps. A matrix is gathered, in the compute dtype, where it is used and its
-gradient is scattered again there (`gathered`). Activations keep batch over `data` x `fsdp` and the tokens
-*of each latent frame* over `seq`: `b t s d` with `s` split (`constrain_tokens`). So every device holds an
-equal part of every frame, per-frame modulation needs no communication, and block-causal attention is
-balanced by construction.
+gradient is scattered again there (`linear`; `gathered` for small parameters). Activations keep batch over
+`data` x `fsdp` and the tokens *of each latent frame* over `seq`: `b t s d` with `s` split
+(`constrain_tokens`). So every device holds an equal part of every frame, per-frame modulation needs no
+communication, and block-causal attention is balanced by construction.
 
-Model code calls `gathered` and `constrain_tokens` unconditionally: they read the mesh that the caller
+Model code calls `linear`, `gathered` and `constrain_tokens` unconditionally: they read the mesh that the caller
 entered with `jax.set_mesh(mesh)`, and without one they do nothing. A module never holds a mesh.
 """
 
@@ -140,11 +140,10 @@ def _meshless() -> bool:
 
 
 def gathered(parameter: nnx.Param, dtype: Any = None) -> jax.Array:
-    """The parameter's value in `dtype`, whole on every device for the operation that uses it.
+    """A small parameter's value in `dtype`, whole on every device; matrices use `linear`.
 
-    The conversion comes first, so bytes of the compute dtype travel. Backward, the gradient is pinned to
-    the parameter's own sharding: the sum over devices becomes a reduce-scatter, and a whole gradient never
-    exists. Under rematerialisation the gather is repeated, not saved.
+    Backward, the gradient is pinned to the parameter's own sharding, so that a whole one is not kept. Under
+    rematerialisation the gather is repeated, not saved.
     """
     value = parameter[...]
     dtype = value.dtype if dtype is None else dtype
@@ -165,6 +164,38 @@ def gathered(parameter: nnx.Param, dtype: Any = None) -> jax.Array:
     gather.defvjp(forward, backward)
     sharded = jax.lax.with_sharding_constraint(value.astype(dtype), parts)
     return gather(sharded)
+
+
+def _matmul(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    # Leading axes joined: XLA:CPU then forms the kernel's gradient in place instead of copying both factors.
+    return (x.reshape(-1, x.shape[-1]) @ kernel).reshape(*x.shape[:-1], -1)
+
+
+def linear(x: jax.Array, kernel: nnx.Param) -> jax.Array:
+    """x @ kernel in x's dtype, where kernel `[i o]` is sharded: the weights move, the activations stay.
+
+    Written with explicit collectives, because the compiler's own choice is worse: it sums whole gradients
+    over all devices and then slices (twice the bytes, none of it overlapped), and on v5p it gathers over a
+    whole slice by summing as well. Here each matrix is gathered over seq and then over fsdp, as the compute
+    dtype; backward the transposes are two reduce-scatters and, between replicas, a sum of what is left.
+
+    Args:
+      x: `b t p i` with p split over seq (p = 1: one value a frame, not split), or `b ... i`.
+    """
+    if _meshless():
+        return _matmul(x, kernel[...].astype(x.dtype))
+    parts = spec(_axes_of(kernel, kernel[...].ndim))
+    tokens = x.ndim == 4 and x.shape[2] > 1
+    placed = PartitionSpec(BATCH_AXES, None, SEQ) if tokens else PartitionSpec(BATCH_AXES)
+
+    def product(x, local):
+        whole = local.astype(x.dtype)
+        for dim, mesh_axes in enumerate(parts):
+            for mesh_axis in reversed(mesh_axes or ()):  # the last named axis is the minor one
+                whole = jax.lax.all_gather(whole, mesh_axis, axis=dim, tiled=True)
+        return _matmul(x, whole)
+
+    return jax.shard_map(product, in_specs=(placed, parts), out_specs=placed, check_vma=False)(x, kernel[...])
 
 
 def constrain_tokens(tokens: jax.Array) -> jax.Array:

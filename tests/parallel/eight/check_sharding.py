@@ -21,7 +21,7 @@ class Block(nnx.Module):
 
     def __call__(self, x):
         x = sharding.constrain_tokens(x)
-        return x + jax.nn.silu(x @ sharding.gathered(self.up)) @ sharding.gathered(self.down)
+        return x + sharding.linear(jax.nn.silu(sharding.linear(x, self.up)), self.down)
 
 
 def loss(block, x):
