@@ -124,17 +124,18 @@ class _Engine:
         return z if z is not None and abs(z - start.z) <= _CLIMB else None
 
     def rest(self, pose: Pose) -> None:
-        """Puts the player there and waits until the eye is still."""
-        self._place(pose)
+        """Puts the player at the beginning of a clip and waits until the eye is still."""
+        self._game.send_game_command(f"puke 901 {_fixed(pose.x)} {_fixed(pose.y)} {_turn(pose)}")
         self._game.advance_action(_SETTLE, False)
 
-    def _place(self, pose: Pose) -> None:
-        turn = round(pose.angle / 360.0 * _FIXED) % _FIXED
-        self._game.send_game_command(f"puke 900 {_fixed(pose.x)} {_fixed(pose.y)} {_fixed(pose.z)} {turn}")
+    def draw(self, before: Pose, pose: Pose) -> tuple[np.ndarray, np.ndarray]:
+        """Goes from one pose to the next, exactly as `move` was asked.
 
-    def draw(self, pose: Pose) -> tuple[np.ndarray, np.ndarray]:
-        """The picture [h w 3] from a pose and the camera's x, y, z, angle of that very picture."""
-        self._place(pose)
+        Returns:
+          The picture [h w 3] and the camera's x, y, z, angle of that very picture.
+        """
+        place = f"{_fixed(pose.x)} {_fixed(pose.y)} {_fixed(before.z)}"
+        self._game.send_game_command(f"puke 900 {place} {_turn(pose)}")
         self._game.advance_action(1, True)
         state = self._game.get_state()
         if state is None:
@@ -153,6 +154,10 @@ class _Engine:
 
 def _fixed(value: float) -> int:
     return round(value * _FIXED)
+
+
+def _turn(pose: Pose) -> int:
+    return round(pose.angle / 360.0 * _FIXED) % _FIXED
 
 
 class _World:
@@ -229,12 +234,11 @@ class VizdoomSource:
             task.rng(config.seed), walker, config.frames - 1, config.hold
         )
         poses = [start, *walker.follow(start, keys)[0]]
-        self._engine.enter(start.x, start.y)
         self._engine.rest(start)
         frames = np.empty((config.frames, *config.size, 3), np.uint8)
         cameras = np.empty((config.frames, 4))
         for i, pose in enumerate(poses):
-            picture, cameras[i] = self._engine.draw(pose)
+            picture, cameras[i] = self._engine.draw(poses[max(i - 1, 0)], pose)
             cv2.resize(picture, config.size[::-1], dst=frames[i], interpolation=cv2.INTER_AREA)
         keys = np.concatenate([np.zeros((1, 8), np.uint8), keys])
         timestamps = np.arange(config.frames) / config.fps
