@@ -143,7 +143,7 @@ class TrainLoader:
         self._identity = {
             "records": len(records),
             "split": split,
-            "process": [index, count],
+            "sharing": count,  # not the index: one process's position is every process's
             **{k: getattr(config, k) for k in ("frames", "batch", "seed", "processes")},
         }
         order = grain.MapDataset.range(len(records)).shuffle(config.seed)[index::count]

@@ -109,6 +109,10 @@ class Damage:
             raise DataError(f"{line}; {count} faults, the limit (skip_limit) is {self._limit}")
         logging.getLogger(__name__).warning("skipped %s (fault %d of %d)", line, count, self._limit)
 
+    def leave_one_of(self, records: int) -> None:
+        """Lowers the limit so that it cannot allow all that many records to be faulty: nothing would be left."""
+        self._limit = min(self._limit, len(self._seen) + records - 1)
+
     # The lock cannot travel to a worker process.
     def __getstate__(self):
         return {"_limit": self._limit, "_seen": self._seen}
@@ -139,6 +143,7 @@ class Records:
             reader.close()
         if not self._index:
             raise DataError("no shard holds a readable record; collect the data again")
+        damage.leave_one_of(len(self._index))
 
     def __len__(self) -> int:
         return len(self._index)

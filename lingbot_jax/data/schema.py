@@ -12,6 +12,8 @@ Every clip is checked when it is written and again when it is read. Arrays, f fr
 
 import dataclasses
 import json
+import math
+import operator
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -133,7 +135,8 @@ def validate(clip: Clip) -> None:
     _check((np.diff(clip.timestamps) > 0).all(), "timestamps do not increase")
     _check((clip.intrinsics[:, :2] > 0).all(), "intrinsics: focal lengths must be positive")
     rotation = clip.c2w[:, :3, :3]
-    error = np.abs(np.swapaxes(rotation, 1, 2) @ rotation - np.eye(3)).max(axis=(1, 2))
+    with np.errstate(over="ignore", invalid="ignore"):  # huge numbers end as inf, which is refused
+        error = np.abs(np.swapaxes(rotation, 1, 2) @ rotation - np.eye(3)).max(axis=(1, 2))
     error = np.maximum(error, np.abs(clip.c2w[:, 3] - [0, 0, 0, 1]).max(axis=1))
     frame = int(np.argmax(error))
     _check(error[frame] < RIGID, f"c2w of frame {frame} is not a rigid pose: off by {error[frame]:.2g}")
@@ -155,7 +158,11 @@ def _validate_metadata(clip: Clip) -> None:
     texts = (clip.captions.narrative, clip.captions.static, *(e.text for e in clip.captions.temporal))
     _check(all(isinstance(t, str) for t in texts), "captions: every caption must be a text")
     for event in clip.captions.temporal:
-        _check(0 <= event.start <= event.end, f"captions.temporal: {event.start} .. {event.end} s is no span")
+        numbers = isinstance(event.start, (int, float)) and isinstance(event.end, (int, float))
+        _check(
+            numbers and 0 <= event.start <= event.end,
+            f"captions.temporal: {event.start} .. {event.end} s is no span",
+        )
 
 
 def encode(clip: Clip) -> bytes:
@@ -217,11 +224,11 @@ def _tensor(blob: bytes, base: int, header: dict[str, Any], name: str) -> np.nda
     """A view of one tensor; its place and size are checked against the bytes there are."""
     try:
         entry = header[name]
-        dtype, shape = np.dtype(_DTYPE_NAMES[entry["dtype"]]), tuple(int(n) for n in entry["shape"])
-        begin, end = (int(n) for n in entry["data_offsets"])
+        dtype, shape = np.dtype(_DTYPE_NAMES[entry["dtype"]]), tuple(map(operator.index, entry["shape"]))
+        begin, end = map(operator.index, entry["data_offsets"])
     except (KeyError, TypeError, ValueError):
         raise ClipError(f"array {name} is missing or its header entry is damaged") from None
-    size = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+    size = math.prod(shape) * dtype.itemsize
     whole = 0 <= begin <= end <= len(blob) - base and end - begin == size and min(shape, default=1) >= 0
     _check(whole, f"array {name} of shape {shape} is cut off")
     return np.frombuffer(blob, dtype, size // dtype.itemsize, base + begin).reshape(shape)

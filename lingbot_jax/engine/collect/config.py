@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import re
 from typing import Literal
 
 from lingbot_jax.config import require
@@ -66,7 +67,7 @@ class CollectConfig:
             require(getattr(self, name) > 0, f"config.{name}", getattr(self, name), "must be positive")
         for name in ("held_out", "processes", "seed"):
             require(getattr(self, name) >= 0, f"config.{name}", getattr(self, name), "must not be negative")
-        require(self.out, "config.out", self.out, "must name a folder")
+        require(bool(self.out), "config.out", self.out, "must name a folder")
         require(self.step <= 16, "config.step", self.step, "must be at most 16, half the player's width")
         require(self.yaw <= 45, "config.yaw", self.yaw, "must be at most 45 degrees")
         require(2 <= self.rooms <= 16, "config.rooms", self.rooms, "must be 2 to 16")
@@ -87,6 +88,12 @@ class CollectConfig:
             "config.behaviours",
             self.behaviours,
             "shares must not be negative and must not all be 0",
+        )
+        require(
+            re.fullmatch(r"uncompressed|zstd:[1-9]\d?", self.compression),
+            "config.compression",
+            self.compression,
+            "must be uncompressed or zstd:<level>",
         )
         common = sorted(set(self.bundled_train) & set(self.bundled_held_out))
         require(not common, "config.bundled_held_out", common, "a map may be in one split only")
