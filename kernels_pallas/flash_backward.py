@@ -1,0 +1,188 @@
+"""Backward attention kernel: dq, dk and dv in one pass over the visible tiles, scores transposed.
+
+With P^T = exp2(S^T - lse) and dS^T = P^T (V dO^T - delta), delta = rowsum(dO O), a tile adds
+
+    dQ^T [k block_q] += K^T dS^T      kept in VMEM for all queries of a head (4 bytes x n x head_dim) until the
+                                      head is done, so no partial sums go to HBM
+    dV += P^T dO                      form "rows":    [block_k k], for 128x128 matrix units
+    dV^T += dO^T P                    form "columns": [k block_k], P^T is the operand that is pushed, which fills a
+                                      256x256 unit at head_dim 128 (3.5 instead of 5 times the ideal half)
+
+and dK likewise from dS^T and Q. Nothing depends on a maximum: the log-sum-exp is exact, every P is at most 1.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+from jaxtyping import Array, Float, Int
+
+from kernels_pallas.flash_forward import (
+    LOG2_E,
+    NN,
+    NT,
+    block_spec,
+    dot,
+    heads_apart,
+    heads_last,
+    valid_keys,
+    visible,
+)
+from kernels_pallas.steps import CLEAR, FIRST, LAST, MASKED, Plan, key_block, query_block
+from kernels_pallas.tiles import BackwardTiles
+
+
+def _transpose(x):
+    # Through float32: transposing bfloat16 would be turned into a product, which takes the matrix unit's time.
+    return x.astype(jnp.float32).T.astype(x.dtype)
+
+
+def _kernel(*refs, plan: Plan, tiles: BackwardTiles, heads: int, head_dim: int, scale: float):
+    refs = list(refs)
+    take = lambda n, when=True: [refs.pop(0) for _ in range(n)] if when else [None] * n
+    (steps,) = take(1)
+    (valid,) = take(1, plan.limited)
+    q_ref, k_ref, v_ref, g_ref, lse_ref, delta_ref = take(6)
+    (bounds_ref,) = take(1, plan.any_masked)
+    dq_hbm, dk_ref, dv_ref, dq_t, dk, dv, k_t, dq_rows = take(8)
+    q_t, g_t = take(2, tiles.form == "columns")
+    bh, i = pl.program_id(0), pl.program_id(1)
+    sample, head = bh // heads, lax.rem(bh, heads)
+    step = steps[lax.rem(sample, steps.shape[0]), i]
+    at, row = key_block(step), query_block(step)
+    by_columns = tiles.form == "columns"
+
+    @pl.when(i == 0)
+    def _():
+        dq_t[...] = jnp.zeros_like(dq_t)
+
+    @pl.when(step & FIRST != 0)
+    def _():
+        dk[...] = jnp.zeros_like(dk)
+        dv[...] = jnp.zeros_like(dv)
+        # Keys past the end of the array may be anything, and 0 * NaN is not 0.
+        rows = at * tiles.block_k + lax.broadcasted_iota(jnp.int32, (tiles.block_k, 1), 0)
+        k_t[...] = _transpose(jnp.where(rows < plan.mask.m, k_ref[0], 0))
+
+    def tile(masked):
+        if by_columns:
+            q_t[...] = _transpose(q_ref[0])
+            g_t[...] = _transpose(g_ref[0])
+        for c in range(tiles.block_k // tiles.chunk):
+            span = slice(c * tiles.chunk, (c + 1) * tiles.chunk)
+            p = jnp.exp2(dot(k_ref[0, span], q_ref[0], NT) * (scale * LOG2_E) - lse_ref[0])
+            ds = p * (dot(v_ref[0, span], g_ref[0], NT) - delta_ref[0])
+            if masked:
+                keys = at * tiles.block_k + c * tiles.chunk
+                keys += lax.broadcasted_iota(jnp.int32, (tiles.chunk, 1), 0)
+                seen = visible(bounds_ref[...], keys, 3)
+                if plan.limited:
+                    seen &= valid_keys(valid, sample, keys, 4)
+                p, ds = jnp.where(seen, p, 0.0), jnp.where(seen, ds, 0.0)
+            p, ds = p.astype(g_ref.dtype), ds.astype(q_ref.dtype)
+            if by_columns:
+                dv[:, span] += dot(g_t[...], p, NT)
+                dk[:, span] += dot(q_t[...], ds, NT)
+            else:
+                dv[span] += dot(p, g_ref[0], NN)
+                dk[span] += dot(ds, q_ref[0], NN)
+            dq_t[row] += dot(k_t[:, span], ds, NN)
+
+    pl.when(step & CLEAR != 0)(lambda: tile(masked=False))
+    if plan.any_masked:
+        pl.when(step & MASKED != 0)(lambda: tile(masked=True))
+
+    @pl.when(step & LAST != 0)
+    def _():
+        out = lambda x: x[...].T if by_columns else x[...]
+        dk_ref[0] = (out(dk) * scale).astype(dk_ref.dtype)
+        dv_ref[0] = out(dv).astype(dv_ref.dtype)
+
+    @pl.when(i == pl.num_programs(1) - 1)
+    def _():
+        def write(j, _):
+            dq_rows[...] = (dq_t[j] * scale).T.astype(dq_rows.dtype)
+            rows = pl.ds(j * tiles.block_q, tiles.block_q)
+            if head_dim % 128 == 0:
+                to = dq_hbm.at[sample, rows, pl.ds(head * head_dim, head_dim)]
+            else:
+                to = dq_hbm.at[bh, rows]
+            pltpu.sync_copy(dq_rows, to)
+            return 0
+
+        lax.fori_loop(0, dq_t.shape[0], write, 0)
+
+
+def flash_backward(
+    q: Float[Array, "b n h k"],
+    k: Float[Array, "b m h k"],
+    v: Float[Array, "b m h k"],
+    out: Float[Array, "b n h k"],
+    lse: Float[Array, "b h n"],
+    g: Float[Array, "b n h k"],
+    plan: Plan,
+    tiles: BackwardTiles,
+    *,
+    valid: Int[Array, "b 4 2"] | None = None,
+    interpret: bool = False,
+) -> tuple[Float[Array, "b n h k"], Float[Array, "b m h k"], Float[Array, "b m h k"]]:
+    """Gradients of attention: (dq, dk, dv), in the inputs' dtypes.
+
+    Args:
+      out, lse: of `flash_forward` (lse is the natural logarithm). g: cotangent of `out`.
+      plan: by "keys", with the tile of `tiles`. valid: for a limited plan, as `Plan.valid`.
+    """
+    b, n, h, d = q.shape
+    m = k.shape[1]
+    blocks_q = -(-n // tiles.block_q)
+    padded = blocks_q * tiles.block_q
+    delta = jnp.einsum("bnhk,bnhk->bhn", g.astype(jnp.float32), out.astype(jnp.float32))
+
+    def pad(x, axis):
+        # Zero rows of q and g add nothing to dk and dv; garbage would.
+        width = [(0, 0)] * x.ndim
+        width[axis] = (0, padded - n)
+        return jnp.pad(x, width) if padded > n else x
+
+    lanes = lambda x: pad(x, 2).reshape(b * h, 1, padded)
+    rows = [heads_last(pad(x, 1)) for x in (q, g)]
+    operands = [rows[0], heads_last(k), heads_last(v), rows[1], lanes(lse * LOG2_E), lanes(delta)]
+    row_block = lambda bh, i, steps, *_: query_block(steps[lax.rem(bh // h, steps.shape[0]), i])
+    lane_spec = pl.BlockSpec((1, 1, tiles.block_q), lambda bh, *s: (bh, 0, row_block(bh, *s)))
+    query_spec = block_spec(tiles.block_q, h, d, query_block)
+    key_spec = block_spec(tiles.block_k, h, d, key_block)
+    specs = [query_spec, key_spec, key_spec, query_spec, lane_spec, lane_spec]
+    if plan.any_masked:
+        operands.append(pad(jnp.asarray(plan.bounds()), 1))
+        specs.append(pl.BlockSpec((8, tiles.block_q), lambda bh, *s: (0, row_block(bh, *s))))
+    prefetch = [plan.dynamic(valid), valid] if plan.limited else [jnp.asarray(plan.static())[None]]
+    vmem, keys = pltpu.VMEM, (d, tiles.block_k) if tiles.form == "columns" else (tiles.block_k, d)
+    scratch = [
+        vmem((blocks_q, d, tiles.block_q), jnp.float32),
+        vmem(keys, jnp.float32),
+        vmem(keys, jnp.float32),
+    ]
+    scratch += [vmem((d, tiles.block_k), k.dtype), vmem((tiles.block_q, d), q.dtype)]
+    if tiles.form == "columns":
+        scratch += [vmem((d, tiles.block_q), q.dtype), vmem((d, tiles.block_q), g.dtype)]
+    dq, dk, dv = pl.pallas_call(
+        functools.partial(_kernel, plan=plan, tiles=tiles, heads=h, head_dim=d, scale=d**-0.5),
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=len(prefetch),
+            grid=(b * h, prefetch[0].shape[1]),
+            in_specs=specs,
+            out_specs=[pl.BlockSpec(memory_space=pl.ANY), key_spec, key_spec],
+            scratch_shapes=scratch,
+        ),
+        out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in operands[:3]],
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=tiles.vmem_limit
+        ),
+        interpret=interpret,
+        name=f"flash_backward_{tiles.form}",
+    )(*prefetch, *operands)
+    dq = heads_apart(dq, (b, padded, h, d))[:, :n]
+    return dq, heads_apart(dk, (b, m, h, d)), heads_apart(dv, (b, m, h, d))
