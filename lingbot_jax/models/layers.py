@@ -36,18 +36,6 @@ def gelu(x: jax.Array) -> jax.Array:
     return jax.nn.gelu(x, approximate=True)
 
 
-def matmul(x: Float[Array, "*n i"], kernel: Float[Array, "i o"]) -> Float[Array, "*n o"]:
-    """x W over the last axis.
-
-    Without a mesh the leading axes become one: XLA:CPU then forms the gradient of W in place, while over several
-    axes it first copies both factors into transposed order. Under a mesh they stay apart, because a
-    split axis inside a joined one has no sharding.
-    """
-    if jax.sharding.get_abstract_mesh().empty:
-        return (x.reshape(-1, x.shape[-1]) @ kernel).reshape(*x.shape[:-1], -1)
-    return x @ kernel
-
-
 class Linear(nnx.Module):
     """x W + b."""
 
@@ -142,7 +130,13 @@ class PatchEmbedding(nnx.Module):
     def project(self, x: Float[Array, "b t h w c"], first: int = 0) -> Float[Array, "b t p d"]:
         """Projects the channels `first : first + c` of the input, without the bias."""
         kernel = gathered(self.kernel, x.dtype)[:, first : first + x.shape[-1]]
-        return matmul(patchify(x, self.patch), kernel.reshape(-1, kernel.shape[-1]))
+        kernel = kernel.reshape(-1, kernel.shape[-1])
+        patches = patchify(x, self.patch)
+        if not jax.sharding.get_abstract_mesh().empty:
+            return patches @ kernel  # under a mesh p gets split: it must not be joined with other axes
+        # XLA:CPU forms the gradient of a kernel in place for one axis of tokens, with copies for three.
+        joined = patches.reshape(-1, patches.shape[-1]) @ kernel
+        return joined.reshape(*patches.shape[:-1], -1)
 
     def __call__(self, x: Float[Array, "b t h w c"]) -> Float[Array, "b t p d"]:
         return self.project(x) + gathered(self.bias, x.dtype)

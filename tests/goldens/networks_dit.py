@@ -9,6 +9,7 @@ import numpy as np
 from lingbot_jax.config import CONTROL_CHANNELS, DiTConfig
 from lingbot_jax.convert.names import expand
 from lingbot_jax.convert.names_dit import dit_table
+from lingbot_jax.convert.read import Arrays, fill
 from lingbot_jax.models import params, rope
 from lingbot_jax.models.attention import Attend
 from lingbot_jax.models.dit import Condition, WorldDiT
@@ -45,19 +46,7 @@ def dit_config(config: dict, weights: dict[str, np.ndarray]) -> DiTConfig:
 def load_dit(config: dict, weights: dict[str, np.ndarray]) -> WorldDiT:
     """A float32 WorldDiT with published weights; every tensor must be used."""
     ours = dit_config(config, weights)
-    # Zeros in place of random numbers: initialisers would be compiled one by one.
-    abstract = params.abstract(lambda key: WorldDiT(ours, key))
-    model = jax.tree.map(lambda p: jnp.zeros(p.shape, p.dtype), abstract)
-    flat = params.flat_params(model)
-    slots = expand(dit_table(ours), {name: p.shape for name, p in flat.items()})
-    assert set(slots) == set(weights), sorted(set(slots) ^ set(weights))
-    values = {name: np.zeros(p.shape, np.float32) for name, p in flat.items()}
-    for name, slot in slots.items():
-        where = ... if slot.layer is None else slot.layer
-        values[slot.entry.ours][where] = slot.entry.to_ours([weights[name]])
-    for name, p in flat.items():
-        p[...] = jnp.asarray(values[name])
-    return model
+    return fill(params.abstract(lambda key: WorldDiT(ours, key)), dit_table(ours), Arrays(weights))
 
 
 def channels_last(x: np.ndarray) -> jax.Array:

@@ -61,3 +61,9 @@ def frames_of(condition: Condition, part: slice) -> Condition:
     """The condition of some latent frames."""
     cut = lambda x: None if x is None else x[:, part]
     return Condition(condition.text, cut(condition.control), cut(condition.mask), cut(condition.image))
+
+
+def with_config(model: WorldDiT, config: DiTConfig) -> WorldDiT:
+    """The same parameters under another config of the same sizes."""
+    structure = jax.tree.structure(params.abstract(lambda key: WorldDiT(config, key)))
+    return jax.tree.unflatten(structure, jax.tree.leaves(model))

@@ -1,0 +1,260 @@
+"""WorldDiT: equal results along its different ways, and what each way must not change or compute."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.extend.core import jaxprs_in_params
+
+from kernels_pallas.context import Context, valid_slots
+from kernels_pallas.mask import Mask
+from lingbot_jax.config import ConfigError
+from lingbot_jax.models import params, rope
+from lingbot_jax.models.attention import Attend
+from lingbot_jax.models.control import is_adapter
+from lingbot_jax.models.dit import WorldDiT
+from lingbot_jax.models.layers import sinusoid
+from tests.models import worlds
+
+CONFIG = worlds.CONFIG
+
+
+@pytest.fixture(scope="module")
+def model():
+    return worlds.make()
+
+
+@jax.jit
+def forward(model, latents, timestep, condition, attend=None, positions=None):
+    return model(latents, timestep, condition, attend=attend or Attend(), positions=positions)
+
+
+@jax.jit
+def forward_kv(model, latents, timestep, condition, attend, positions):
+    return model(latents, timestep, condition, attend=attend, positions=positions, return_kv=True)
+
+
+def test_precompute_gives_the_same_numbers(model):
+    latents, timestep, condition = worlds.inputs()
+    prepared = jax.jit(lambda m, c: m.precompute(c))(model, condition)
+    expected = forward(model, latents, timestep, condition)
+    np.testing.assert_allclose(forward(model, latents, timestep, prepared), expected, atol=2e-5)
+
+
+def test_precompute_saves_its_flops():
+    """At least the four camera products and the text keys and values of a layer, and the conditioning patch."""
+    config = dataclasses.replace(CONFIG, dim=96, layers=1)
+    model = params.abstract(lambda key: WorldDiT(config, key))
+    latents, timestep, condition = worlds.inputs(config)
+    prepared = jax.eval_shape(lambda m, c: m.precompute(c), model, condition)
+    flops = [
+        jax.jit(forward).lower(model, latents, timestep, c).cost_analysis()["flops"]
+        for c in (condition, prepared)
+    ]
+    tokens = worlds.BATCH * worlds.FRAMES * worlds.TOKENS
+    text = worlds.BATCH * config.text_len
+    camera = 2 * tokens * 4 * config.dim**2
+    text_kv = 2 * text * 2 * config.dim**2
+    control = 2 * tokens * (4 * config.control_channels * config.dim + 2 * config.dim**2)
+    given = 2 * tokens * 4 * (config.in_channels - config.latent_channels) * config.dim
+    saved = camera + text_kv + control + given
+    assert flops[0] - flops[1] >= saved
+    assert flops[0] - flops[1] <= 1.1 * saved  # and nothing else is missing
+
+
+def test_chunks_with_cached_context_equal_the_masked_forward(model):
+    """Two chunks of three frames, the second with the first's keys and values in a ring with free slots."""
+    latents, timestep, condition = worlds.inputs()
+    chunk, n = 3, 3 * worlds.TOKENS
+    mask = Mask.block_causal(2 * n, n)
+    whole = forward(model, latents, timestep, condition, Attend(mask=mask))
+
+    positions = jnp.arange(6)
+    parts = [slice(0, chunk), slice(chunk, None)]
+    first, second = [
+        (latents[:, part], timestep[:, part], worlds.frames_of(condition, part)) for part in parts
+    ]
+    out, kv = forward_kv(model, *first, Attend(), positions[:chunk])
+    np.testing.assert_allclose(out, whole[:, :chunk], atol=2e-5)
+
+    grid = worlds.HEIGHT // 2, worlds.WIDTH // 2
+    table = rope.rotary(positions[:chunk], *grid, CONFIG.head_dim, CONFIG.rope_theta)
+    keys = rope.rotate(kv.keys, tuple(x.reshape(n, -1) for x in table))
+    # The slots in a strange order with rubbish between: the spans say what is valid.
+    rubbish = jnp.full_like(keys[:, :, :4], 1e3)
+    ring = lambda x: jnp.concatenate([x[:, :, 10:], rubbish, x[:, :, :10]], 2)
+    spans = valid_slots((0, n - 10), (n - 6, n + 4))
+    context = Context(ring(keys), ring(kv.values), spans)
+    out = forward(model, *second, Attend(context=context), positions[chunk:])
+    np.testing.assert_allclose(out, whole[:, chunk:], atol=2e-5)
+
+
+def test_positions_are_relative(model):
+    """A shift of all positions changes nothing; a gap between frames does."""
+    latents, timestep, condition = worlds.inputs()
+    here = forward(model, latents, timestep, condition, None, jnp.arange(6))
+    np.testing.assert_allclose(here, forward(model, latents, timestep, condition), atol=1e-6)
+    shifted = forward(model, latents, timestep, condition, None, jnp.arange(6) + 40_000)
+    np.testing.assert_allclose(here, shifted, atol=1e-4)  # float32 rounding of angles up to 40,000 positions
+    gap = forward(model, latents, timestep, condition, None, jnp.arange(6) * 3)
+    assert float(jnp.abs(gap - here).max()) > 1e-2
+
+
+def test_causal_mask_hides_later_chunks(model):
+    latents, timestep, condition = worlds.inputs()
+    attend = Attend(mask=Mask.block_causal(6 * worlds.TOKENS, 3 * worlds.TOKENS))
+    before = forward(model, latents, timestep, condition, attend)
+    after = forward(model, latents.at[:, 3:].add(1.0), timestep, condition, attend)
+    np.testing.assert_array_equal(before[:, :3], after[:, :3])
+    assert float(jnp.abs(before[:, 3:] - after[:, 3:]).max()) > 1e-2
+
+
+def test_timestep_a_token_equals_timestep_a_frame(model):
+    latents, timestep, condition = worlds.inputs()
+    tokens = jnp.repeat(timestep[..., None], worlds.TOKENS, axis=-1)
+    expected = forward(model, latents, timestep, condition)
+    np.testing.assert_allclose(forward(model, latents, tokens, condition), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("policy", ["block", "dots", "offload"])
+def test_remat_policies_keep_the_gradient(model, policy):
+    latents, timestep, condition = worlds.inputs()
+    expected = _gradient("none")(model.blocks, model, latents, timestep, condition)
+    ours = _gradient(policy)(model.blocks, model, latents, timestep, condition)
+    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-5 * float(jnp.abs(b).max()) + 1e-9)
+
+
+@functools.cache
+def _gradient(policy: str):
+    config = dataclasses.replace(CONFIG, remat=policy)
+
+    def loss(blocks, model, *inputs):
+        model = worlds.with_config(model, config)
+        model.blocks = blocks
+        return jnp.square(model(*inputs)).mean()
+
+    return jax.jit(jax.grad(loss))
+
+
+def test_remat_policies_say_what_is_saved():
+    """Numbers kept for the backward pass, by the stacked axis of 8 layers: block < dots < none."""
+    latents, timestep, condition = worlds.inputs()
+    kept = {}
+    for policy in ("none", "dots", "block"):
+        config = dataclasses.replace(CONFIG, remat=policy, layers=8)
+        model = params.abstract(lambda key, config=config: WorldDiT(config, key))
+        vjp = jax.eval_shape(lambda m: jax.vjp(lambda m: m(latents, timestep, condition), m)[1], model)
+        kept[policy] = sum(x.size for x in jax.tree.leaves(vjp) if x.shape[:1] == (8,))
+    weights = sum(x.size for x in jax.tree.leaves(model.blocks))
+    tokens = 8 * worlds.BATCH * worlds.FRAMES * worlds.TOKENS
+    assert kept["block"] <= weights + tokens * CONFIG.dim * 1.1
+    assert kept["block"] < kept["dots"] < kept["none"]
+
+
+def test_untrained_adapters_change_nothing():
+    latents, timestep, condition = worlds.inputs()
+    made = WorldDiT(CONFIG, jax.random.key(0))
+    fresh = {name: p for name, p in params.flat_params(made).items() if name.startswith("blocks.control")}
+    model = worlds.make()
+    for name, p in params.flat_params(model).items():
+        if name in fresh:
+            p[...] = fresh[name][...]
+    with_control = forward(model, latents, timestep, condition)
+    without = forward(model, latents, timestep, dataclasses.replace(condition, control=None))
+    np.testing.assert_array_equal(with_control, without)
+    # The velocity of a new model is zero, too.
+    assert not np.asarray(forward(made, latents, timestep, condition)).any()
+
+
+def test_adapters_are_the_embedding_and_the_injections():
+    model = params.abstract(lambda key: WorldDiT(CONFIG, key))
+    named = {name for name in params.flat_params(model) if is_adapter(tuple(name.split(".")), None)}
+    linears = ["control.mlp.up", "control.mlp.down", "blocks.control.mlp.up", "blocks.control.mlp.down"]
+    linears += ["control.patch", "blocks.control.scale", "blocks.control.shift"]
+    assert named == {f"{name}.{part}" for name in linears for part in ("kernel", "bias")}
+
+
+def test_bfloat16_computes_close_and_keeps_float32_where_promised(model):
+    latents, timestep, condition = worlds.inputs()
+    half = worlds.with_config(model, dataclasses.replace(CONFIG, dtype="bfloat16"))
+    ours, expected = forward(half, latents, timestep, condition), forward(model, latents, timestep, condition)
+    assert ours.dtype == jnp.float32
+    # bfloat16 has 8 bits: 0.4 % a rounding, a few dozen roundings along two blocks.
+    assert float(jnp.abs(ours - expected).max() / jnp.abs(expected).max()) < 0.05
+    assert float(jnp.abs(ours - expected).max()) > 0
+    kernels = [a.dtype for a in _kernels(jax.make_jaxpr(forward)(half, latents, timestep, condition).jaxpr)]
+    # In float32: two of the time MLP, its projection, the head. All others: 14 a block (one scan body), 7 outside.
+    assert sorted(map(str, kernels)) == ["bfloat16"] * 21 + ["float32"] * 4
+    assert {p.dtype for p in jax.tree.leaves(half)} == {jnp.dtype("float32")}
+
+
+def _kernels(jaxpr):
+    """Matrices that are the right side of a product, in a program and the programs inside it."""
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "dot_general" and equation.invars[1].aval.ndim == 2:
+            yield equation.invars[1].aval
+        for inner in jaxprs_in_params(equation.params):
+            yield from _kernels(inner)
+
+
+def test_angles_are_those_of_float64():
+    frequencies = np.power(10000.0, -np.arange(22) / 22)
+    position = np.array([0, 1, 240, 1023, 1024, 40_001, 65_535])
+    cos, sin = jax.jit(lambda p: rope.cos_sin(p, frequencies))(jnp.asarray(position))
+    angle = np.outer(position, frequencies)
+    np.testing.assert_allclose(cos, np.cos(angle), atol=2e-7)
+    np.testing.assert_allclose(sin, np.sin(angle), atol=2e-7)
+
+    timestep = np.array([0, 0.25, 399, 833.3333, 937.5, 999.99, 1000], np.float32)
+    angle = np.outer(timestep.astype(np.float64), np.power(10000.0, -np.arange(128) / 128))
+    expected = np.concatenate([np.cos(angle), np.sin(angle)], 1)
+    np.testing.assert_allclose(sinusoid(jnp.asarray(timestep), 256), expected, atol=3e-7)
+
+
+def test_rotation_in_our_order_is_the_published_one():
+    """Neighbouring pairs as complex numbers, in float64."""
+    rng = np.random.default_rng(0)
+    k, positions = 14, np.array([3, 5])
+    assert rope.axis_sizes(128) == (44, 42, 42) and rope.axis_sizes(k) == (6, 4, 4)
+    x = rng.normal(size=(1, 2, 6, 2, k))  # published order
+    t, h, w = np.meshgrid(positions, np.arange(2), np.arange(3), indexing="ij")
+    angles = []
+    for index, size in zip((t, h, w), rope.axis_sizes(k), strict=True):
+        angles.append(index.reshape(2, 6, 1) * 10000.0 ** (-np.arange(0, size, 2) / size))
+    turned = (x[..., ::2] + 1j * x[..., 1::2]) * np.exp(1j * np.concatenate(angles, -1))[None, :, :, None]
+    expected = np.stack([turned.real, turned.imag], -1).reshape(x.shape)
+
+    ours = jnp.asarray(np.concatenate([x[..., ::2], x[..., 1::2]], -1), jnp.float32)
+    table = rope.rotary(jnp.asarray(positions), 2, 3, k, 10000.0)
+    np.testing.assert_allclose(rope.interleave(rope.rotate(ours, table)), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        (dict(image=None), "condition.image = None: must be given exactly if model.image_condition"),
+        (dict(text=jnp.zeros((2, 5, 13))), "condition.text channels = 13: must be 12"),
+        (dict(control=jnp.zeros((2, 6, 4, 6, 25))), "condition.control channels = 25: must be 24"),
+    ],
+)
+def test_conditions_that_do_not_fit_are_refused(change, said):
+    latents, timestep, condition = worlds.inputs()
+    model = params.abstract(lambda key: WorldDiT(CONFIG, key))
+    with pytest.raises(ConfigError, match=said):
+        jax.eval_shape(forward, model, latents, timestep, dataclasses.replace(condition, **change))
+
+
+def test_latents_that_do_not_fit_are_refused():
+    latents, timestep, condition = worlds.inputs()
+    model = params.abstract(lambda key: WorldDiT(CONFIG, key))
+    with pytest.raises(ConfigError, match="latents width = 5: must be a multiple of the patch, 2"):
+        jax.eval_shape(forward, model, latents[:, :, :, :5], timestep, condition)
+    with pytest.raises(ConfigError, match="latents channels = 3: must be 4"):
+        jax.eval_shape(forward, model, latents[..., :3], timestep, condition)
+    uncontrolled = params.abstract(lambda key: WorldDiT(dataclasses.replace(CONFIG, control="none"), key))
+    with pytest.raises(ConfigError, match="condition.control = 'given': must be None"):
+        jax.eval_shape(forward, uncontrolled, latents, timestep, condition)
