@@ -66,7 +66,8 @@ def test_generated_maps():
     one, same, other = (maps.generate("a", seed, 4, "R") for seed in (5, 5, 6))
     assert one == same and one.lumps != other.lumps
     assert len(one.rooms) == 16 and len(one.doors) >= 15, "a spanning tree: every room can be reached"
-    assert one.describe(0.0, 0.0).startswith("a room with ")
+    here, next_door = one.describe(np.array([[10.0, -100.0], [10.0, 288.0 - 100.0]]))
+    assert here == one.rooms[0][1] and next_door == one.rooms[1][1] and here.startswith("a room with ")
     text = one.lumps[1][1].decode()
     for kind in ("vertex", "linedef", "sidedef", "sector", "thing"):
         assert text.count(kind + "{") > 0

@@ -13,6 +13,7 @@ from functools import cache
 from pathlib import Path
 
 import numpy as np
+from jaxtyping import Float
 
 from lingbot_jax.config import require
 from lingbot_jax.engine.collect.walk import Spot
@@ -56,8 +57,10 @@ class Map:
     """Lumps to play and what is known of the place.
 
     Attributes:
-      iwad: file name of the game it belongs to. lump: the map's name inside the WAD (8 letters at most).
+      name: in the records. iwad: file name of the game it belongs to. lumps: of a WAD file.
+      lump: the map's name inside the WAD, 8 letters at most. description: of the whole.
       rooms: centre and description of every room, in map units; empty if unknown.
+      doors, landmarks: see walk.World.
       points: where a player may begin (rooms are sampled within `spread` of each point).
     """
 
@@ -72,12 +75,13 @@ class Map:
     points: tuple[Spot, ...]
     spread: float
 
-    def describe(self, x: float, y: float) -> str:
-        """The place at (x, y), in words."""
+    def describe(self, points: Float[np.ndarray, "f 2"]) -> list[str]:
+        """The places at x, y, in words: the nearest room, or the map as a whole."""
         if not self.rooms:
-            return self.description
-        distance = [max(abs(x - spot.x), abs(y - spot.y)) for spot, _ in self.rooms]
-        return self.rooms[int(np.argmin(distance))][1]
+            return [self.description] * len(points)
+        centres = np.array([[spot.x, spot.y] for spot, _ in self.rooms])
+        nearest = np.abs(points[:, None] - centres).max(axis=-1).argmin(axis=1)
+        return [self.rooms[k][1] for k in nearest]
 
 
 class _Udmf:

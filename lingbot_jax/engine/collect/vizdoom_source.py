@@ -255,7 +255,7 @@ class VizdoomSource:
             seed=config.seed,
             behaviour=task.behaviour,
             fps=config.fps,
-            captions=describe(keys, timestamps, [chosen.describe(p.x, p.y) for p in poses]),
+            captions=describe(keys, timestamps, chosen.describe(np.array([p[:2] for p in poses]))),
             extra={
                 "engine": f"vizdoom {vizdoom.__version__}, {chosen.iwad}",
                 "step": STEP,
