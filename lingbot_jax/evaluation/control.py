@@ -7,17 +7,15 @@ from jaxtyping import Float, UInt8
 from lingbot_jax.control.keyboard import KEYS
 
 
-def horizontal_flow(video: UInt8[np.ndarray, "f h w 3"], scale: int = 4) -> Float[np.ndarray, "f"]:
+def horizontal_flow(video: UInt8[np.ndarray, "f h w 3"], scale: int = 2) -> Float[np.ndarray, "f"]:
     """Median horizontal optical flow into each frame, in pixels (right is positive); 0 for frame 0.
 
-    Farneback's flow on an enlarged picture: at 64 pixels a quick turn moves only a pixel or two a frame.
+    Dense inverse search on a picture enlarged `scale` times: its patches of 8 pixels suit more than 100 a side.
     """
     grey = [cv2.cvtColor(cv2.resize(x, None, fx=scale, fy=scale), cv2.COLOR_RGB2GRAY) for x in video]
-    flow = np.zeros(len(video))
-    for i in range(1, len(video)):
-        field = cv2.calcOpticalFlowFarneback(grey[i - 1], grey[i], None, 0.5, 3, 21, 3, 5, 1.2, 0)
-        flow[i] = np.median(field[..., 0]) / scale
-    return flow
+    search = cv2.DISOpticalFlow_create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM)
+    pairs = zip(grey, grey[1:], strict=False)
+    return np.array([0.0] + [np.median(search.calc(a, b, None)[..., 0]) / scale for a, b in pairs])
 
 
 def yaw_signs(
