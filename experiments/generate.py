@@ -1,16 +1,19 @@
 """Generates a video from a trained world: first frame + keys (or recorded poses) + prompt -> MP4.
 
-python -m experiments.generate --run=runs/demo/world --image=door.png --keys=w-20,wl-12 --prompt="a hall" \
+python -m experiments.generate --run=runs/demo/action --image=door.png --keys=w-20,wl-12 --prompt="a hall" \
     --out=runs/demo/clip
 
-Writes a folder: video.mp4, poses.npy (camera to world, one a frame), and generation.json, whose `command`
-makes the same video again. The folder appears when everything in it is complete, or not at all.
+--mode=base samples the whole clip at once with many steps; --mode=fast generates chunk after chunk with few
+steps and takes prompt events. Writes a folder: video.mp4, poses.npy and keys.npy (one row a frame), and
+generation.json, whose `command` makes the same video again. The folder appears when everything in it is
+complete, or not at all. docs/generation.md explains the flags.
 """
 
 import dataclasses
 import hashlib
 import json
 import pathlib
+import re
 import shlex
 import shutil
 import tempfile
@@ -22,58 +25,52 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from experiments import common
-from lingbot_jax.config import require
+from experiments.worlds import World, open_world
+from lingbot_jax.config import ConfigError, require
 from lingbot_jax.control import keyboard, plucker, poses
-from lingbot_jax.data.video import write_mp4
 from lingbot_jax.diffusion.guidance import Guidance
-from lingbot_jax.models.codec import Codec, load_linear
-from lingbot_jax.models.dit import Condition, WorldDiT
-from lingbot_jax.models.text import HashedNgramEncoder, TextEncoder
-from lingbot_jax.rollout import bidirectional, images
-from lingbot_jax.training.checkpoints import load_config, load_ema
-from lingbot_jax.training.config import PoseConfig, TrainConfig
-from lingbot_jax.training.state import abstract_model, merge
+from lingbot_jax.models.dit import Condition
+from lingbot_jax.models.experts import NoiseExperts
+from lingbot_jax.models.text import TextEncoder
+from lingbot_jax.rollout import bidirectional
+from lingbot_jax.rollout.bidirectional import SampleConfig
+from lingbot_jax.rollout.causal import CausalConfig
+from lingbot_jax.rollout.stream import Session, SessionConfig
 
 FLAGS = flags.FLAGS
-flags.DEFINE_string("run", None, "run directory of experiments.train")
+flags.DEFINE_string("run", None, "run directory of experiments.train, or bundle of experiments.convert")
+flags.DEFINE_enum("mode", "base", ["base", "fast"], "whole clip with many steps, or chunks with few")
 flags.DEFINE_string("image", None, "first frame: an image file")
 flags.DEFINE_string("prompt", None, "what the world looks like")
-flags.DEFINE_string("negative_prompt", "", "what it must not look like; used where guidance is not 1")
+flags.DEFINE_string("negative_prompt", None, "what it must not look like (base; default: the bundle's)")
 flags.DEFINE_string("keys", None, "keys as <keys>-<frames>,...: w-20,wl-12,none-8 (W A S D I J K L)")
 flags.DEFINE_string("camera", None, "folder with poses.npy [f 4 4] and intrinsics.npy [f 4] instead of keys")
 flags.DEFINE_string("camera_size", "480x832", "HxW of the image that intrinsics.npy belongs to")
-flags.DEFINE_integer("frames", None, "video frames, 4n+1; default: as many as the keys or poses give")
-flags.DEFINE_string("size", "image", "480p, 720p (areas; the image's aspect is kept), or image: its own size")
+flags.DEFINE_list("intrinsics", None, "fx,fy,cx,cy in pixels of --image, with --keys; default: from --fov")
+flags.DEFINE_float("fov", 90.0, "horizontal field of view in degrees, with --keys")
 flags.DEFINE_float("walk", keyboard.STEP, "world units a frame of a movement key")
 flags.DEFINE_float("turn", keyboard.DEGREES, "degrees a frame of a looking key")
-flags.DEFINE_float("fov", 90.0, "horizontal field of view in degrees, with --keys")
-flags.DEFINE_integer("steps", 70, "denoising steps")
-flags.DEFINE_float("shift", 10.0, "timestep shift; 3 suits 480p with few steps")
-flags.DEFINE_list("guidance", ["5", "5"], "guidance scale, or low-noise,high-noise scales; 1 is off")
-flags.DEFINE_enum("solver", "unipc", ["unipc", "dpmpp", "euler"], "ODE solver")
+flags.DEFINE_integer("frames", None, "video frames; default: as many as the keys or poses give")
+flags.DEFINE_string("size", "image", "480p, 720p (areas; the image's aspect is kept), or image: its own size")
+flags.DEFINE_integer("steps", None, "denoising steps (base; default: the bundle's, 20 for a run)")
+flags.DEFINE_float("shift", None, "timestep shift; default: the bundle's or the run's")
+flags.DEFINE_list("guidance", None, "scale, or low-noise,high-noise scales; 1 is off (base)")
+flags.DEFINE_enum("solver", None, ["unipc", "dpmpp", "euler"], "ODE solver (base; default unipc)")
+flags.DEFINE_integer("chunk", None, "latent frames a chunk (fast)")
+flags.DEFINE_integer("window", None, "latent frames a chunk sees, sink and itself included (fast)")
+flags.DEFINE_integer("sink", None, "first latent frames that stay visible (fast)")
+flags.DEFINE_string("events", "", 'prompt events (fast): "4.0s: it starts to snow; 9.0s+2.0s: fireworks"')
+flags.DEFINE_integer("blend", 0, "chunks over which a lasting event blends in (fast)")
+flags.DEFINE_bool("reencode", False, "write the cached window again under the text of each event (fast)")
 flags.DEFINE_integer("seed", 0, "of the noise")
-flags.DEFINE_integer("fps", 16, "of the video file")
+flags.DEFINE_integer("fps", 16, "video frames a second, of the file and of --events")
 flags.DEFINE_string("out", None, "folder to write; must not exist yet")
 
-
-@dataclasses.dataclass(frozen=True)
-class World:
-    """What a run directory holds, ready to generate."""
-
-    model: WorldDiT
-    codec: Codec
-    text_encoder: TextEncoder
-    config: TrainConfig
-
-
-def open_run(run: str) -> World:
-    """The averaged model of a run directory, with its codec and text encoder. Raises ConfigError."""
-    config = load_config(run)
-    model = merge(abstract_model(config), load_ema(run))
-    text_encoder = HashedNgramEncoder(config.model.text_dim, config.model.text_len)
-    return World(model, load_linear(config.codec), text_encoder, config)
+BASE_ONLY = ("negative_prompt", "steps", "guidance", "solver")
+FAST_ONLY = ("chunk", "window", "sink", "events", "blend", "reencode")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,111 +81,86 @@ class Path:
     intrinsics: np.ndarray
     keys: np.ndarray
 
-    def cut(self, frames: int) -> "Path":
-        return Path(self.c2w[:frames], self.intrinsics[:frames], self.keys[:frames])
+    def fitted(self, frames: int) -> "Path":
+        """Cut to `frames`, or standing still after the end."""
+        more = max(frames - len(self.c2w), 0)
+        grow = lambda a: np.concatenate([a, np.repeat(a[-1:], more, axis=0)])[:frames]
+        keys = np.concatenate([self.keys, np.zeros((more, 8), bool)])[:frames]
+        return Path(grow(self.c2w), grow(self.intrinsics), keys)
 
 
-def path_from_keys(text: str, height: int, width: int, *, walk: float, turn: float, fov: float) -> Path:
-    """Integrates a key text; the intrinsics are a centred pinhole of the given horizontal field of view."""
-    require(0 < fov < 180, "fov", fov, "must be between 0 and 180 degrees")
-    require(walk > 0, "walk", walk, "must be positive")
-    require(turn > 0, "turn", turn, "must be positive")
-    keys = keyboard.parse(text)
-    c2w = keyboard.integrate(keys, step=walk, yaw_degrees=turn, pitch_degrees=turn)
-    focal = width / 2 / np.tan(np.radians(fov) / 2)
-    return Path(c2w, np.tile([focal, focal, width / 2, height / 2], (len(keys), 1)), keys)
+def path_from_keys(image_size: tuple[int, int], height: int, width: int) -> Path:
+    """Integrates --keys; a pinhole camera of --intrinsics, or centred with --fov."""
+    for name in ("walk", "turn"):
+        require(getattr(FLAGS, name) > 0, name, getattr(FLAGS, name), "must be positive")
+    require(0 < FLAGS.fov < 180, "fov", FLAGS.fov, "must be between 0 and 180 degrees")
+    keys = keyboard.parse(FLAGS.keys)
+    c2w = keyboard.integrate(keys, step=FLAGS.walk, yaw_degrees=FLAGS.turn, pitch_degrees=FLAGS.turn)
+    if FLAGS.intrinsics is None:
+        focal = width / 2 / np.tan(np.radians(FLAGS.fov) / 2)
+        intrinsics = np.array([focal, focal, width / 2, height / 2])
+    else:
+        given = poses.validate_intrinsics(read_numbers("intrinsics", 4), 1)
+        intrinsics = poses.transform_intrinsics(given, (height, width), base=image_size)[0]
+    return Path(c2w, np.tile(intrinsics, (len(keys), 1)), keys)
 
 
-def path_from_folder(folder: str, base: tuple[int, int], height: int, width: int) -> Path:
+def path_from_folder(height: int, width: int) -> Path:
     """Recorded poses; keys are read off the motion, with half of the usual displacement as threshold."""
-    c2w, intrinsics = poses.load(folder)
+    c2w, intrinsics = poses.load(FLAGS.camera)
     moved = np.linalg.norm(np.diff(c2w[:, :3, 3], axis=0), axis=1)
     usual = float(np.median(moved[moved > 0])) if (moved > 0).any() else keyboard.STEP
     keys = keyboard.keys_from_poses(c2w, move=usual / 2)
+    base = read_size(FLAGS.camera_size, "camera_size")
     return Path(c2w, poses.transform_intrinsics(intrinsics, (height, width), base=base), keys)
 
 
-def clip_length(have: int, wanted: int | None, stride: int, *, pad: bool) -> int:
-    """Frames of the video: `wanted` if given, else the nearest stride*n + 1 (up with `pad`, else down).
+def clip_length(have: int, wanted: int | None, stride: int, chunk: int, *, pad: bool) -> int:
+    """Frames of the video. Allowed are those of whole chunks of latent frames: stride * (chunk * n - 1) + 1.
+
+    Args:
+      have: rows of the path. wanted: --frames, or None for what the path gives: rounded up to an allowed
+        length with `pad` (keys: stand still), else down as published (recorded poses).
 
     Raises:
-      ConfigError: `wanted` is not of that form, or longer than the path.
+      ConfigError: `wanted` is not allowed, or longer than recorded poses.
     """
-    if wanted is not None:
-        require(
-            wanted > 0 and wanted % stride == 1 % stride,
-            "frames",
-            wanted,
-            f"must be {stride}n + 1, such as {max(wanted - 1, 0) // stride * stride + 1}",
-        )
-        require(
-            pad or wanted <= have, "frames", wanted, f"the poses give {have}; record more, or ask for less"
-        )
-        return wanted
-    steps = (have - 1 + (stride - 1 if pad else 0)) // stride
-    return stride * steps + 1
+    length = lambda n: stride * (chunk * n - 1) + 1
+    chunks = (have - 1 + stride) / (stride * chunk)
+    if wanted is None:
+        n = int(np.ceil(chunks) if pad else np.floor(chunks))
+        require(n > 0, "camera", f"{have} poses", f"a chunk needs {length(1)}")
+        return length(n)
+    nearest = length(max(1, round((wanted - 1 + stride) / (stride * chunk))))
+    rule = f"{stride}n + 1" if chunk == 1 else f"{stride * chunk}n - {stride - 1} (whole chunks)"
+    require(wanted == nearest, "frames", wanted, f"must be {rule}; the nearest is {nearest}")
+    require(pad or wanted <= have, "frames", wanted, f"the poses give {have}; record more, or ask for less")
+    return wanted
 
 
-def pad_path(path: Path, frames: int) -> Path:
-    """The camera stands still after the end of the path; longer ones are cut."""
-    grow = lambda a: np.concatenate([a, np.repeat(a[-1:], max(frames - len(a), 0), axis=0)])[:frames]
-    keys = np.concatenate([path.keys, np.zeros((max(frames - len(path.keys), 0), 8), bool)])[:frames]
-    return Path(grow(path.c2w), grow(path.intrinsics), keys)
-
-
-def make_control(path: Path, world: World, height: int, width: int) -> jax.Array | None:
-    """Packed control of a clip, `1 t h w p`, with the poses made relative as in the run's training."""
-    model, pose, stride = world.config.model, world.config.pose, world.codec.config.stride
-    if model.control == "none":
-        return None
-    relative = relative_poses(path.c2w, pose, world.codec.config.latent_frames(len(path.c2w)))
-    held = None
-    if model.control != "cam":
-        held = plucker.latent_keys(path.keys[:, : len(keyboard.MOVEMENT)], stride[0])
-    packed = plucker.control(
-        relative, path.intrinsics[:1], held, model.control, height, width, model.spatial_stride
-    )
-    return jnp.asarray(packed)[None]
-
-
-def relative_poses(c2w: np.ndarray, pose: PoseConfig, latent_frames: int) -> np.ndarray:
-    normalise = "max_norm" if pose.translation == "max_norm" else None
-    return poses.relative(poses.resample(c2w, latent_frames), pose.reference, normalise)
-
-
-def encode_prompt(text_encoder: TextEncoder, prompt: str) -> np.ndarray:
-    """Text tokens `1 l d` of a prompt. Raises ConfigError where it is empty or would be cut."""
-    require(bool(prompt.strip()), "prompt", prompt, "is empty; describe the world in a sentence")
-    tokens = text_encoder.encode([prompt])
-    shown = prompt if len(prompt) < 40 else prompt[:37] + "..."
-    require(
-        not np.any(tokens[0, -1]),
-        "prompt",
-        shown,
-        f"too long: it fills all {text_encoder.length} text tokens; shorten it",
-    )
-    return tokens
-
-
-def read_guidance(values: list[str]) -> Guidance:
+def read_numbers(name: str, *counts: int) -> list[float]:
+    """The numbers of a list flag. Raises ConfigError unless there are as many as one of `counts`."""
+    values = getattr(FLAGS, name)
     try:
-        scales = [float(v) for v in values]
+        numbers = [float(v) for v in values]
     except ValueError:
-        scales = []
-    require(len(scales) in (1, 2), "guidance", ",".join(values), "must be one number or two: low,high")
-    return Guidance(low=scales[0], high=scales[-1])
+        numbers = []
+    allowed = " or ".join(str(c) for c in counts)
+    require(len(numbers) in counts, name, ",".join(values), f"must be {allowed} numbers with commas")
+    return numbers
 
 
 def read_size(text: str, field: str) -> tuple[int, int]:
     """(height, width) of `HxW`."""
-    parts = text.lower().split("x")
-    ok = len(parts) == 2 and all(p.isdigit() and int(p) > 0 for p in parts)
-    require(ok, field, text, "must be HxW, such as 480x832")
-    return int(parts[0]), int(parts[1])
+    found = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", text.lower())
+    require(found is not None, field, text, "must be HxW, such as 480x832")
+    return int(found[1]), int(found[2])
 
 
 def video_size(image: np.ndarray, size: str, multiple: int) -> tuple[int, int]:
     """Height and width of the video for an image and --size."""
+    from lingbot_jax.rollout import images
+
     height, width = image.shape[:2]
     if size == "image":
         fitted = (height // multiple * multiple, width // multiple * multiple)
@@ -198,6 +170,44 @@ def video_size(image: np.ndarray, size: str, multiple: int) -> tuple[int, int]:
     return images.fit(height, width, images.PRESETS[size], multiple)
 
 
+@dataclasses.dataclass(frozen=True)
+class Event:
+    """A line of --events: from `second` on, for `seconds` (None: it stays), `text` joins the prompt."""
+
+    second: float
+    seconds: float | None
+    text: str
+
+
+def parse_events(script: str) -> list[Event]:
+    """Reads `4.0s: it starts to snow; 9.0s+2.0s: fireworks`.
+
+    Raises:
+      ConfigError: names the event, counted from 1, and what is expected; or they are not in order.
+    """
+    events: list[Event] = []
+    for i, line in enumerate(filter(str.strip, script.split(";")), 1):
+        found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)s(?:\+(\d+(?:\.\d+)?)s)?\s*:\s*(\S.*?)\s*", line, re.DOTALL)
+        require(
+            found is not None,
+            f"events, event {i}",
+            line.strip(),
+            "expected <second>s: <text>, or <second>s+<seconds>s: <text> for a passing one",
+        )
+        events.append(Event(float(found[1]), None if found[2] is None else float(found[2]), found[3]))
+        ordered = len(events) < 2 or events[-2].second <= events[-1].second
+        require(ordered, f"events, event {i}", line.strip(), "is earlier than the one before it")
+    return events
+
+
+def check_prompt(text_encoder: TextEncoder, prompt: str, field: str = "prompt") -> None:
+    """Raises ConfigError where a prompt is empty or would be cut."""
+    require(bool(prompt.strip()), field, prompt, "is empty; describe the world in a sentence")
+    shown = prompt if len(prompt) < 40 else prompt[:37] + "..."
+    full = np.any(text_encoder.encode([prompt])[0, -1])
+    require(not full, field, shown, f"too long: it fills all {text_encoder.length} text tokens; shorten it")
+
+
 def required(name: str) -> Any:
     value = getattr(FLAGS, name)
     if value is None:
@@ -205,8 +215,106 @@ def required(name: str) -> Any:
     return value
 
 
+def translation_unit(path: Path, world: World) -> float:
+    """World units that become 1 in control translations, for the whole path at once."""
+    if world.pose.translation == "metric":
+        return 1.0
+    stride = world.codec.config.stride[0]
+    latent = poses.relative(poses.resample(path.c2w, (len(path.c2w) - 1) // stride + 1), world.pose.reference)
+    largest = float(np.linalg.norm(latent[:, :3, 3], axis=-1).max())
+    return largest if largest > 0 else 1.0
+
+
+def sample_config(world: World) -> SampleConfig:
+    """The world's own way of sampling, with what the flags say."""
+    require(world.sample is not None, "mode", "base", "this bundle is a fast model; use --mode=fast")
+    changes: dict[str, Any] = {n: getattr(FLAGS, n) for n in ("steps", "shift", "solver", "negative_prompt")}
+    if FLAGS.guidance is not None:
+        scales = read_numbers("guidance", 1, 2)
+        changes["guidance"] = Guidance(scales[0], scales[-1])
+    return dataclasses.replace(world.sample, **{k: v for k, v in changes.items() if v is not None})
+
+
+def causal_config(world: World) -> CausalConfig:
+    """The world's own chunks and window, with what the flags say."""
+    require(world.causal is not None, "mode", "fast", "this bundle is a base model; use --mode=base")
+    require(not isinstance(world.model, NoiseExperts), "mode", "fast", "needs a world of one expert")
+    changes = {n: getattr(FLAGS, n) for n in ("chunk", "window", "sink", "shift")}
+    return dataclasses.replace(world.causal, **{k: v for k, v in changes.items() if v is not None})
+
+
+def run_base(
+    world: World, first: np.ndarray, path: Path, config: SampleConfig, progress: Progress
+) -> np.ndarray:
+    """The whole clip at once: uint8 frames."""
+    codec, model, (height, width) = world.codec, world.config, first.shape[:2]
+    t = codec.config.latent_frames(len(path.c2w))
+    packed = None
+    if model.control != "none":
+        relative = poses.relative(
+            poses.resample(path.c2w, t), world.pose.reference, translation_unit(path, world)
+        )
+        held = None
+        if model.control != "cam":
+            held = plucker.latent_keys(path.keys[:, : len(keyboard.MOVEMENT)], codec.config.stride[0])
+        packed = plucker.control(
+            relative, path.intrinsics[:1], held, model.control, height, width, model.spatial_stride
+        )
+        packed = jnp.asarray(packed)[None]
+    mask, image = bidirectional.given_frames(codec, jnp.asarray(first)[None, None], t)
+    text = jnp.asarray(world.text_encoder.encode([FLAGS.prompt]))
+    condition = Condition(text=text, control=packed, mask=mask, image=image)
+    task = progress.add_task(f"{len(path.c2w)} frames of {width}x{height}", total=config.steps)
+    video = bidirectional.sample_clips(
+        world.model,
+        codec,
+        world.text_encoder,
+        condition,
+        config,
+        seed=FLAGS.seed,
+        on_step=lambda: progress.advance(task),
+    )
+    video = np.asarray(bidirectional.to_uint8(video[0]))
+    jax.effects_barrier()
+    return video
+
+
+def run_fast(
+    world: World, first: np.ndarray, path: Path, config: CausalConfig, events: list[Event], progress: Progress
+) -> np.ndarray:
+    """Chunk after chunk: uint8 frames. An event takes effect with the first chunk that starts at its time."""
+    session = Session(
+        world.model,
+        world.codec,
+        world.text_encoder,
+        SessionConfig(config, reference=world.pose.reference, unit=translation_unit(path, world)),
+    )
+    session.start(first, FLAGS.prompt, FLAGS.seed, path.intrinsics[0])
+    frames = len(path.c2w)
+    task = progress.add_task(f"{frames} frames of {first.shape[1]}x{first.shape[0]}", total=frames)
+    waiting, at, video = list(events), 0, []
+    chunk_frames = config.chunk * world.codec.config.stride[0]
+    while at < frames:
+        while waiting and waiting[0].second * FLAGS.fps <= at:
+            event = waiting.pop(0)
+            if event.seconds is None:
+                session.say(
+                    f"{session.walk.prompt} {event.text}", chunks=FLAGS.blend, reencode=FLAGS.reencode
+                )
+            else:
+                lasts = max(1, round(event.seconds * FLAGS.fps / chunk_frames))
+                session.say(event.text, scope="local", chunks=lasts, reencode=FLAGS.reencode)
+        stop = at + session.transitions + (at == 0)
+        video.append(session.step(path.keys[max(at, 1) : stop], path.c2w[at:stop]))
+        progress.update(task, completed=stop)
+        at = stop
+    return np.concatenate(video)
+
+
 def write_result(out: pathlib.Path, video: np.ndarray, path: Path, about: dict[str, Any]) -> None:
     """Writes the result folder under a temporary name beside `out` and renames it when it is whole."""
+    from lingbot_jax.data.video import write_mp4
+
     out.parent.mkdir(parents=True, exist_ok=True)
     partial = pathlib.Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
     try:
@@ -224,65 +332,63 @@ def command() -> str:
     """The command line that repeats this generation: every flag that is not at its default."""
     module = FLAGS.find_module_defining_flag("negative_prompt")
     given = [f for f in FLAGS.flags_by_module_dict()[module] if f.value != f.default]
-    return shlex.join(
-        ["python", "-m", "experiments.generate", *(f.serialize() for f in given if f.serialize())]
-    )
+    return shlex.join(["python", "-m", "experiments.generate", *(f.serialize() for f in given)])
 
 
 def main() -> None:
+    try:
+        from lingbot_jax.rollout import images
+    except ModuleNotFoundError as error:
+        raise common.UserError(f"{error.name} is not installed: pip install -e '.[data,serve]'") from None
+
     began = time.monotonic()
     run, image_file, prompt, out = (required(n) for n in ("run", "image", "prompt", "out"))
     if (FLAGS.keys is None) == (FLAGS.camera is None):
         raise common.UserError("--keys and --camera: give exactly one of them")
+    for name in FAST_ONLY if FLAGS.mode == "base" else BASE_ONLY:
+        if FLAGS[name].value != FLAGS[name].default:
+            raise common.UserError(f"--{name}: means nothing with --mode={FLAGS.mode}")
     out = pathlib.Path(out)
     if out.exists():
         raise common.UserError(f"--out={out}: exists already; choose another folder or remove it")
-    config = bidirectional.SampleConfig(
-        steps=FLAGS.steps,
-        shift=FLAGS.shift,
-        solver=FLAGS.solver,
-        guidance=read_guidance(FLAGS.guidance),
-        negative_prompt=FLAGS.negative_prompt,
-    )
     require(FLAGS.fps > 0, "fps", FLAGS.fps, "must be positive")
-    image = images.read_image(image_file)
-    world = open_run(run)
+    events, image = parse_events(FLAGS.events), images.read_image(image_file)
 
-    stride = world.codec.config.stride
-    height, width = video_size(
-        image, FLAGS.size, world.config.model.spatial_stride * world.config.model.patch[1]
-    )
-    if FLAGS.keys is not None:
-        path = path_from_keys(FLAGS.keys, height, width, walk=FLAGS.walk, turn=FLAGS.turn, fov=FLAGS.fov)
-    else:
-        base = read_size(FLAGS.camera_size, "camera_size")
-        path = path_from_folder(FLAGS.camera, base, height, width)
-    frames = clip_length(len(path.c2w), FLAGS.frames, stride[0], pad=FLAGS.keys is not None)
+    world = open_world(run)
+    check_prompt(world.text_encoder, prompt)
+    config = sample_config(world) if FLAGS.mode == "base" else causal_config(world)
+    stride, chunk = world.codec.config.stride[0], 1 if FLAGS.mode == "base" else config.chunk
+    multiple = world.config.spatial_stride * world.config.patch[1]
+    height, width = video_size(image, FLAGS.size, multiple)
+    by_keys = FLAGS.keys is not None
+    path = path_from_keys(image.shape[:2], height, width) if by_keys else path_from_folder(height, width)
+    frames = clip_length(len(path.c2w), FLAGS.frames, stride, chunk, pad=by_keys)
+    for i, event in enumerate(events, 1):
+        check_prompt(world.text_encoder, f"{prompt} {event.text}", f"events, event {i}")
+        if event.second * FLAGS.fps >= frames:
+            raise ConfigError(
+                f"events, event {i} = {event.second:g}s: the video ends at {frames / FLAGS.fps:g}s"
+            )
     console = Console()
     if frames != len(path.c2w):
-        console.print(f"{frames} frames: {len(path.c2w)} given, {stride[0]}n + 1 needed")
-    path = pad_path(path, frames)
+        console.print(f"{frames} frames instead of the path's {len(path.c2w)}: whole chunks of latent frames")
+    path = path.fitted(frames)
 
-    latent_frames = world.codec.config.latent_frames(frames)
-    given = jnp.asarray(images.resize(image, height, width))[None, None]
-    mask, conditioning = bidirectional.given_frames(world.codec, given, latent_frames)
-    condition = Condition(
-        text=jnp.asarray(encode_prompt(world.text_encoder, prompt)),
-        control=make_control(path, world, height, width),
-        mask=mask,
-        image=conditioning,
-    )
-    with console.status(f"{frames} frames of {width}x{height}, {config.steps} steps"):
-        video = bidirectional.sample_clips(
-            world.model, world.codec, world.text_encoder, condition, config, seed=FLAGS.seed
-        )
-        video = np.asarray(bidirectional.to_uint8(video[0]))
+    first = images.resize(image, height, width)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console) as progress:
+        if FLAGS.mode == "base":
+            video = run_base(world, first, path, config, progress)
+        else:
+            video = run_fast(world, first, path, config, events, progress)
     about = {
         "command": command(),
         "image_sha256": hashlib.sha256(pathlib.Path(image_file).read_bytes()).hexdigest(),
-        "sample": dataclasses.asdict(config),
+        "mode": FLAGS.mode,
+        "sampling": dataclasses.asdict(config),
         "seed": FLAGS.seed,
         "prompt": prompt,
+        "events": [dataclasses.asdict(event) for event in events],
         "keys": keyboard.to_text(path.keys) if frames > 1 else "",
         "frames": frames,
         "height": height,

@@ -7,7 +7,7 @@ routed at run time. What does not depend on the noise level is computed once per
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -16,10 +16,12 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray, Shaped
 
 from lingbot_jax.config import require
 from lingbot_jax.diffusion import guidance, solvers
+from lingbot_jax.diffusion.flow import TIMESTEPS
 from lingbot_jax.diffusion.guidance import Guidance
 from lingbot_jax.models.codec import Codec
 from lingbot_jax.models.condition import image_condition
 from lingbot_jax.models.dit import Condition, WorldDiT
+from lingbot_jax.models.experts import NoiseExperts
 from lingbot_jax.models.text import TextEncoder
 
 Latents = Float[Array, "b t h w c"]
@@ -77,17 +79,18 @@ def draw_noise(seed: int | Int[Array, ""], indices: Int[Array, "b"], shape: tupl
 
 
 def denoise(
-    model: WorldDiT,
+    model: WorldDiT | NoiseExperts,
     noise: Latents,
     condition: Condition,
     unconditional: Condition | None,
     config: SampleConfig,
+    on_step: Callable[[], None] | None = None,
 ) -> Latents:
     """Integrates the flow from noise to clean latents. Pure; trace it inside one jit.
 
     Args:
       condition: what to generate. unconditional: the same with the negative text; None exactly when no
-        scale differs from 1.
+        scale differs from 1. on_step: called on the host at every step, e.g. by a progress bar.
     """
     require(
         (unconditional is not None) == config.guidance.guided,
@@ -97,8 +100,16 @@ def denoise(
     )
     table = solvers.make(config.solver, config.steps, config.shift)
     parts = [(model, table, config.guidance.low)]
+    if isinstance(model, NoiseExperts):
+        switch = int(np.sum(table.timestep >= model.boundary * TIMESTEPS))  # timesteps fall
+        parts = [
+            (model.high, table.rows(0, switch), config.guidance.high),
+            (model.low, table.rows(switch, config.steps), config.guidance.low),
+        ]
     state = solvers.start(noise)
     for expert, rows, scale in parts:
+        if not len(rows.sigma):
+            continue
         if scale == 1.0:
             conditions = (condition,)
         elif config.guidance.batched:
@@ -108,6 +119,9 @@ def denoise(
         prepared = tuple(expert.precompute(c) for c in conditions)
 
         def velocity(x, timestep, expert=expert, prepared=prepared, scale=scale):
+            if on_step is not None:
+                jax.debug.callback(on_step)
+
             def predict(latents, p):
                 return expert(latents, jnp.full(latents.shape[:2], timestep), p)
 
@@ -117,20 +131,21 @@ def denoise(
     return state.x
 
 
-@functools.partial(jax.jit, static_argnames=("config",))
+@functools.partial(jax.jit, static_argnames=("config", "on_step"))
 def _clip(
-    model: WorldDiT,
+    model: WorldDiT | NoiseExperts,
     codec: Codec,
     noise: Latents,
     condition: Condition,
     unconditional: Condition | None,
     config: SampleConfig,
+    on_step: Callable[[], None] | None = None,
 ) -> Float[Array, "b f H W 3"]:
-    return codec.decode(denoise(model, noise, condition, unconditional, config))
+    return codec.decode(denoise(model, noise, condition, unconditional, config, on_step))
 
 
 def sample_clips(
-    model: WorldDiT,
+    model: WorldDiT | NoiseExperts,
     codec: Codec,
     text_encoder: TextEncoder,
     condition: Condition,
@@ -138,12 +153,15 @@ def sample_clips(
     *,
     seed: int = 0,
     indices: Sequence[int] | None = None,
+    on_step: Callable[[], None] | None = None,
 ) -> Float[Array, "b f H W 3"]:
     """Samples one clip per row of a condition; all steps and the decoder are one compiled program.
 
     Args:
       condition: with an image (`given_frames`), whose size is the size of the clip.
       seed, indices: sample i draws its noise from (seed, indices[i]); default 0, 1, 2...
+      on_step: called on the host at every step; another one is another program.
+
     Returns:
       Video in [-1, 1], on the device. Repeated calls of the same sizes run the same compiled program.
     """
@@ -155,11 +173,11 @@ def sample_clips(
     noise = draw_noise(
         seed, jnp.asarray(range(batch) if indices is None else indices), condition.image.shape[1:]
     )
-    return _clip(model, codec, noise, condition, unconditional, config)
+    return _clip(model, codec, noise, condition, unconditional, config, on_step)
 
 
 def generate(
-    model: WorldDiT,
+    model: WorldDiT | NoiseExperts,
     codec: Codec,
     text_encoder: TextEncoder,
     frames: Shaped[Array, "b k H W 3"] | np.ndarray,

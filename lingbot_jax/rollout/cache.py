@@ -108,45 +108,58 @@ class KVCache:
             position = jnp.where(position < self.layout.sink, position, position - gone)
         return jnp.maximum(position, 0)
 
-    def context(self, config: DiTConfig) -> Context:
+    def context(self, config: DiTConfig, valid: Int[Array, "3 2"] | None = None) -> Context:
         """What attention sees of the cache. With relative positions this rotates all keys: call it once a
-        chunk, outside the loop over denoising steps."""
+        chunk, outside the loop over denoising steps.
+
+        Args:
+          valid: intervals of slots to see instead of all that hold a frame.
+        """
         keys = self.keys
         if self.layout.positions == "relative":
             keys = rope.rotate(keys, self._table(self.slot_positions(), config))
+        if valid is None:
+            valid = valid_slots((0, jnp.minimum(self.count, self.layout.slots)))
         flat = lambda x: x.reshape(*x.shape[:2], -1, *x.shape[4:])
-        valid = jnp.minimum(self.count, self.layout.slots) * self.layout.tokens
-        return Context(flat(keys), flat(self.values), valid_slots((0, valid)))
+        return Context(flat(keys), flat(self.values), valid * self.layout.tokens)
 
     def write(self, kv: KV, config: DiTConfig) -> "KVCache":
         """Appends frames: `kv` of a forward pass over the next frames, keys normed and not rotated.
 
         Frames that fit nowhere (no ring, sink full) are counted and not stored.
         """
-        layout = self.layout
+        t = kv.keys.shape[2] // self.layout.tokens
+        stored = self.store(kv, self.count + jnp.arange(t, dtype=jnp.int32), config)
+        return dataclasses.replace(stored, count=self.count + t)
+
+    def store(
+        self, kv: KV, frames: Int[Array, "t"], config: DiTConfig, limit: Int[Array, ""] | None = None
+    ) -> "KVCache":
+        """Puts given frames into their slots, those below `limit` if there is one; `count` stays."""
+        layout, t = self.layout, len(frames)
         keys, values = (
-            x.reshape(*x.shape[:2], -1, layout.tokens, *x.shape[3:]).astype(self.keys.dtype)
+            x.reshape(*x.shape[:2], t, layout.tokens, *x.shape[3:]).astype(self.keys.dtype)
             for x in (kv.keys, kv.values)
         )
-        t = keys.shape[2]
-        ids = self.count + jnp.arange(t, dtype=jnp.int32)
         if layout.positions == "absolute":
-            keys = rope.rotate(keys, self._table(ids, config))
-        slots, held = layout.slot(ids), (self.keys, self.values, self.frames)
+            keys = rope.rotate(keys, self._table(frames, config))
+        if layout.ring == 0:  # there is no slot past the sink
+            limit = jnp.int32(layout.sink) if limit is None else jnp.minimum(limit, layout.sink)
+        held = (self.keys, self.values, self.frames)
         for i in range(
             t if layout.slots else 0
         ):  # in order, so that of two frames for a slot the later stays
-            new = (keys[:, :, i], values[:, :, i], ids[i])
-            if layout.ring == 0:  # keep what is there instead of storing past the end
-                at = jnp.minimum(slots[i], layout.slots - 1)
-                old = (self.keys[:, :, at], self.values[:, :, at], self.frames[at])
-                new = jax.tree.map(lambda n, o, i=i: jnp.where(ids[i] < layout.sink, n, o), new, old)
+            at = jnp.minimum(layout.slot(frames[i]), layout.slots - 1)
+            new = (keys[:, :, i], values[:, :, i], frames[i])
+            if limit is not None:
+                old = (held[0][:, :, at], held[1][:, :, at], held[2][at])
+                new = jax.tree.map(lambda n, o, i=i: jnp.where(frames[i] < limit, n, o), new, old)
             held = (
-                jax.lax.dynamic_update_index_in_dim(held[0], new[0], slots[i], 2),
-                jax.lax.dynamic_update_index_in_dim(held[1], new[1], slots[i], 2),
-                held[2].at[slots[i]].set(new[2]),
+                jax.lax.dynamic_update_index_in_dim(held[0], new[0], at, 2),
+                jax.lax.dynamic_update_index_in_dim(held[1], new[1], at, 2),
+                jax.lax.dynamic_update_index_in_dim(held[2], new[2], at, 0),
             )
-        return dataclasses.replace(self, keys=held[0], values=held[1], frames=held[2], count=self.count + t)
+        return dataclasses.replace(self, keys=held[0], values=held[1], frames=held[2])
 
     def _table(self, positions: Int[Array, "t"], config: DiTConfig) -> rope.Rotary:
         return rope.rotary(

@@ -17,9 +17,11 @@ from PIL import Image
 from experiments import generate
 from lingbot_jax.config import ConfigError
 from lingbot_jax.control import keyboard
+from lingbot_jax.data.loader import LoaderConfig
 from lingbot_jax.models.codec import save_linear
+from lingbot_jax.rollout import images
 from lingbot_jax.training import checkpoints
-from lingbot_jax.training.config import DataConfig, TrainConfig
+from lingbot_jax.training.config import TrainConfig
 from lingbot_jax.training.state import flatten, init_state
 from tests.rollout.worlds import TINY, codec, world
 
@@ -34,7 +36,7 @@ def folder(tmp_path_factory):
         stage="world",
         steps=1,
         model=TINY,
-        data=DataConfig(path="none", frames=33, batch=1),
+        data=LoaderConfig(path="none", frames=33, batch=1),
         codec=str(root / "codec.safetensors"),
     )
     (root / "run").mkdir()
@@ -60,6 +62,9 @@ def arguments(folder: pathlib.Path, out: str, *more: str) -> list[str]:
         f"--out={folder / out}",
         *more,
     ]
+
+
+FAST = ("--mode=fast", "--chunk=2", "--window=6", "--sink=2")
 
 
 def call(args: list[str]) -> None:
@@ -99,11 +104,29 @@ def test_keys_to_video_and_its_command_repeats_it(folder):
 def test_recorded_poses_are_cut_to_4n1(folder, capsys):
     call(arguments(folder, "poses", f"--camera={folder / 'camera'}", "--guidance=1"))
     assert read(folder / "poses" / "video.mp4").shape == (9, 32, 64, 3)
-    assert "9 frames: 12 given, 4n + 1 needed" in capsys.readouterr().out
+    assert "9 frames instead of the path's 12" in capsys.readouterr().out
+
+
+def test_fast_mode_takes_events_and_repeats_itself(folder, capsys):
+    script = "0.3s: it snows; 0.8s+0.4s: a bird"
+    more = ("--keys=w-10,l-9", f"--events={script}", *FAST)
+    args = [a for a in arguments(folder, "fast", *more) if not a.startswith("--steps")]
+    call(args)
+    assert "21 frames instead of the path's 20" in capsys.readouterr().out
+    about = json.loads((folder / "fast" / "generation.json").read_text())
+    assert about["events"][1] == {"second": 0.8, "seconds": 0.4, "text": "a bird"}
+    video = read(folder / "fast" / "video.mp4")
+    assert video.shape == (21, 32, 64, 3)
+    call([w.replace(str(folder / "fast"), str(folder / "fast2")) for w in shlex.split(about["command"])[3:]])
+    np.testing.assert_array_equal(read(folder / "fast2" / "video.mp4"), video)
+    quiet = [a for a in args if not a.startswith(("--events", "--out"))]
+    call([*quiet, f"--out={folder / 'quiet'}"])
+    other = read(folder / "quiet" / "video.mp4")
+    assert (other[:5] == video[:5]).all() and (other[5:] != video[5:]).any()  # snow from frame 5 on
 
 
 BAD = {
-    "frames = 10: must be 4n \\+ 1": ["--keys=w-8", "--frames=10"],
+    "frames = 10: must be 4n \\+ 1; the nearest is 9": ["--keys=w-8", "--frames=10"],
     "frames = 33: the poses give 12": ["--camera={root}/camera", "--frames=33"],
     "prompt = ' ': is empty": ["--keys=w-8", "--prompt= "],
     "prompt = 'a a a a a a a a': too long": ["--keys=w-8", "--prompt=a a a a a a a a"],
@@ -116,6 +139,14 @@ BAD = {
     "exactly one": ["--keys=w-8", "--camera={root}/camera"],
     "size = '1080p'": ["--keys=w-8", "--size=1080p"],
     "sample.steps = 0": ["--keys=w-8", "--steps=0"],
+    "frames = 9: must be 8n - 3 .*the nearest is 5": ["--keys=w-8", "--frames=9", *FAST],
+    "--guidance: means nothing with --mode=fast": ["--keys=w-8", "--guidance=3", *FAST],
+    "--events: means nothing with --mode=base": ["--keys=w-8", "--events=0s: snow"],
+    "events, event 2 = 'at 3s: snow': expected": ["--keys=w-8", "--events=1s: rain; at 3s: snow", *FAST],
+    "events, event 2 = '1s: snow': is earlier": ["--keys=w-8", "--events=2s: rain; 1s: snow", *FAST],
+    "events, event 1 = 9s: the video ends": ["--keys=w-8", "--events=9s: snow", *FAST],
+    "causal.window = 3: must hold": ["--keys=w-8", *FAST, "--window=3"],
+    "intrinsics = '1,2': must be 4": ["--keys=w-8", "--intrinsics=1,2"],
     "fov = 180.0": ["--keys=w-8", "--fov=180"],
     "poses\\[3\\]": ["--camera={root}/sheared"],
     "intrinsics\\[0\\] = .*nan": ["--camera={root}/nan"],
@@ -145,17 +176,17 @@ def test_huge_and_damaged_images(folder, monkeypatch):
     data = (folder / "first.png").read_bytes()
     (folder / "cut.png").write_bytes(data[: len(data) // 2])
     with pytest.raises(ConfigError, match="damaged image"):
-        generate.images.read_image(folder / "cut.png")
-    monkeypatch.setattr(generate.images, "MAX_PIXELS", 1000)
+        images.read_image(folder / "cut.png")
+    monkeypatch.setattr(images, "MAX_PIXELS", 1000)
     with pytest.raises(ConfigError, match="70x37 is more than"):
-        generate.images.read_image(folder / "first.png")
+        images.read_image(folder / "first.png")
 
 
 def test_a_failure_while_writing_leaves_nothing(folder, monkeypatch):
     def broken(*_):
         raise RuntimeError("disk full")
 
-    monkeypatch.setattr(generate, "write_mp4", broken)
+    monkeypatch.setattr("lingbot_jax.data.video.write_mp4", broken)
     before = sorted(p.name for p in folder.iterdir())
     with pytest.raises(RuntimeError, match="disk full"):
         call(arguments(folder, "broken", "--keys=w-6,l-3", "--guidance=2,3"))

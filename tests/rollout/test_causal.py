@@ -1,0 +1,186 @@
+"""The causal rollout: cached equals masked, one compilation, donated cache, work hoisted out of the steps."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lingbot_jax.config import ConfigError
+from lingbot_jax.models.attention import Attend
+from lingbot_jax.models.dit import Condition
+from lingbot_jax.rollout import causal, masks
+from lingbot_jax.rollout.cache import KVCache
+from lingbot_jax.rollout.causal import CausalConfig
+from tests.rollout.worlds import TINY, world
+
+H, W = 2, 4  # latent pixels: 2 tokens a frame
+FRAMES = 12
+
+
+def condition(frames: int, seed: int = 0) -> Condition:
+    rng = np.random.default_rng(seed)
+    draw = lambda c: jnp.asarray(rng.normal(size=(1, frames, H, W, c)), jnp.float32)
+    return Condition(
+        text=jnp.asarray(rng.normal(size=(1, TINY.text_len, TINY.text_dim)), jnp.float32),
+        control=draw(TINY.control_channels),
+        mask=draw(TINY.mask_channels),
+        image=draw(TINY.latent_channels),
+    )
+
+
+def parts(whole: Condition, chunk: int) -> list[Condition]:
+    """The conditions of consecutive chunks."""
+    cut = lambda x, i: None if x is None else x[:, i : i + chunk]
+    fields = ("control", "mask", "image")
+    return [
+        dataclasses.replace(whole, **{f: cut(getattr(whole, f), i) for f in fields})
+        for i in range(0, whole.image.shape[1], chunk)
+    ]
+
+
+def empty(config: CausalConfig, frames: int = FRAMES) -> KVCache:
+    return KVCache.empty(TINY, config.layout(TINY, H, W, frames), 1)
+
+
+# The last two wrap around inside a chunk: neither the sink nor the ring is a multiple of the chunk.
+WINDOWS = [(1, None, 0), (3, None, 0), (1, 4, 1), (3, 9, 1), (2, 7, 2), (3, 5, 1)]
+
+
+@pytest.mark.parametrize(("chunk", "window", "sink"), WINDOWS)
+def test_chunks_with_a_cache_equal_the_masked_forward(chunk, window, sink):
+    config = CausalConfig(chunk=chunk, window=window, sink=sink, positions="absolute")
+    whole, model = condition(FRAMES), world()
+    rng = np.random.default_rng(1)
+    latents = jnp.asarray(rng.normal(size=(1, FRAMES, H, W, 6)), jnp.float32)
+    timestep = jnp.asarray(rng.uniform(0, 1000, size=(1, FRAMES)), jnp.float32)
+    mask = masks.chunks(FRAMES, chunk, 2, window=window, sink=sink)
+    expected = jax.jit(model)(latents, timestep, whole, attend=Attend(mask=mask))
+    step = jax.jit(lambda *args: causal.forward_chunk(*args), donate_argnums=1)
+    cache, found = empty(config), []
+    for i, part in enumerate(parts(whole, chunk)):
+        now = slice(i * chunk, (i + 1) * chunk)
+        velocity, cache = step(model, cache, latents[:, now], timestep[:, now], part)
+        found.append(velocity)
+    assert step._cache_size() == 1
+    np.testing.assert_allclose(jnp.concatenate(found, 1), expected, atol=1e-4)
+
+
+def generated(config: CausalConfig, chunks: int, seed: int = 2, step=None) -> tuple[np.ndarray, KVCache]:
+    """Chunk after chunk with one compiled program."""
+    step = step or causal.jit_chunk
+    cache, key, out = empty(config, chunks * config.chunk), jax.random.key(seed), []
+    for i, part in enumerate(parts(condition(chunks * config.chunk), config.chunk)):
+        noise = causal.draw_noise(key, i, (1, config.chunk, H, W, 6), len(config.levels))
+        latents, cache = step(world(), cache, part, noise, config)
+        out.append(np.asarray(latents))
+    return np.concatenate(out, 1), cache
+
+
+PLAY = CausalConfig(chunk=2, window=8, sink=2)
+
+
+def test_one_compilation_for_any_length_and_the_cache_is_donated():
+    traces = []
+
+    @functools.partial(jax.jit, static_argnames="config", donate_argnames="cache")
+    def counted(model, cache, part, noise, config):
+        traces.append(1)
+        return causal.generate_chunk(model, cache, part, noise, config)
+
+    short, _ = generated(PLAY, 2, step=counted)
+    long, cache = generated(PLAY, 9, step=counted)
+    assert len(traces) == 1 and counted._cache_size() == 1
+    assert int(cache.count) == 18 and sorted(cache.frames.tolist()) == [0, 1, 14, 15, 16, 17]
+    assert np.isfinite(long).all()
+    before = empty(PLAY)
+    noise = causal.draw_noise(jax.random.key(0), 0, (1, 2, H, W, 6), 4)
+    lowered = counted.lower(world(), before, condition(2), noise, PLAY)
+    held = before.keys.nbytes + before.values.nbytes
+    assert lowered.compile().memory_analysis().alias_size_in_bytes >= held
+    counted(world(), before, condition(2), noise, PLAY)
+    assert before.keys.is_deleted() and before.values.is_deleted()
+
+
+def test_scanned_rollout_equals_chunk_by_chunk():
+    chunks = 5
+    expected, last = generated(PLAY, chunks)
+    key = jax.random.key(2)
+    noise = jnp.stack([causal.draw_noise(key, i, (1, 2, H, W, 6), 4) for i in range(chunks)])
+    run = jax.jit(causal.rollout, static_argnames="config", donate_argnames="cache")
+    latents, cache = run(world(), empty(PLAY), condition(chunks * 2), noise, PLAY)
+    np.testing.assert_allclose(latents, expected, atol=1e-4)
+    np.testing.assert_array_equal(cache.frames, last.frames)
+    np.testing.assert_allclose(cache.keys, last.keys, atol=1e-4)
+
+
+def test_relative_positions_without_a_sink_give_the_same_velocities():
+    """Rotary attention sees differences of positions only, so moving the window's origin changes nothing."""
+    config = CausalConfig(chunk=2, window=6, sink=0)
+    relative, cache = generated(config, 6)
+    absolute, _ = generated(dataclasses.replace(config, positions="absolute"), 6)
+    assert int(cache.positions(2)[-1]) == 5  # never beyond the window
+    np.testing.assert_allclose(relative, absolute, atol=2e-4)
+
+
+def test_a_window_forgets_and_a_sink_remembers():
+    """Changing the first chunk's noise reaches chunk 5 through a sink, and through nothing else."""
+
+    def last_chunk(config, seed):
+        cache = empty(config)
+        for i, part in enumerate(parts(condition(12), 2)):
+            key = jax.random.key(seed if i == 0 else 7)
+            noise = causal.draw_noise(key, i, (1, 2, H, W, 6), 4)
+            latents, cache = causal.jit_chunk(world(), cache, part, noise, config)
+        return np.asarray(latents)
+
+    sink = CausalConfig(chunk=2, window=8, sink=2)
+    assert np.abs(last_chunk(sink, 0) - last_chunk(sink, 1)).max() > 1e-4
+    # A window of the chunk alone: no cache at all, so nothing can be remembered.
+    alone = CausalConfig(chunk=2, window=2, sink=0)
+    np.testing.assert_array_equal(last_chunk(alone, 0), last_chunk(alone, 1))
+
+
+def flops(fn, *args) -> float:
+    return jax.jit(fn).lower(*args).compile().cost_analysis()["flops"]
+
+
+def test_the_step_loop_holds_only_what_depends_on_the_noise_level():
+    """XLA counts the body of a loop once: program minus its clean pass alone = one step, as compiled."""
+    cache, part = empty(PLAY), condition(2)
+    noise = causal.draw_noise(jax.random.key(0), 0, (1, 2, H, W, 6), 4)
+    model = world()
+
+    def program(cache, part, noise):
+        return causal.generate_chunk(model, cache, part, noise, PLAY)
+
+    def clean_pass(cache, part, noise):
+        return causal.forward_chunk(model, cache, noise[0], jnp.zeros((1, 2)), model.precompute(part))[1]
+
+    def one_step(context, x, condition):
+        return model(x, jnp.full((1, 2), 5.0), condition, attend=Attend(context=context))
+
+    context = cache.context(TINY)
+    step = flops(program, cache, part, noise) - flops(clean_pass, cache, part, noise)
+    hoisted = flops(one_step, context, noise[0], model.precompute(part))
+    whole = flops(one_step, context, noise[0], part)
+    assert whole > 1.2 * hoisted  # there is something to hoist
+    assert step < hoisted + 0.1 * (whole - hoisted), (step, hoisted, whole)
+    assert step > 0.9 * hoisted, "the loop is not counted: the comparison says nothing"
+
+
+def test_wrong_configurations_name_the_field():
+    for message, values in {
+        "causal.window = 4: must hold sink \\+ chunk": {"chunk": 3, "window": 4, "sink": 2},
+        "causal.sink = 2: means nothing": {"window": None, "sink": 2},
+        "causal.chunk = 0": {"chunk": 0},
+        "causal.levels = \\(\\)": {"levels": ()},
+    }.items():
+        with pytest.raises(ConfigError, match=message):
+            CausalConfig(**values)
+    with pytest.raises(ConfigError, match="latent frames = 5: must be a multiple"):
+        causal.split_chunks(condition(5), 2)
+    with pytest.raises(ConfigError, match="causal.window = None: play without"):
+        CausalConfig(window=None, sink=0).layout(TINY, H, W)
