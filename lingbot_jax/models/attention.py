@@ -18,7 +18,7 @@ from kernels_pallas.mask import Mask
 from kernels_pallas.reference import blocked_attention
 from lingbot_jax import axes as ax
 from lingbot_jax.config import DiTConfig
-from lingbot_jax.models.layers import Linear, RMSNorm
+from lingbot_jax.models.layers import Leaf, Linear, RMSNorm
 from lingbot_jax.models.rope import Rotary, rotate
 
 Heads = Float[Array, "b t p h k"]
@@ -32,8 +32,8 @@ class KV:
     `rope.rotate` gives them any positions, absolute or relative to a window.
     """
 
-    keys: Array
-    values: Array
+    keys: Leaf
+    values: Leaf
 
 
 def attend_text(q: Heads, k: Float[Array, "b l h k"], v: Float[Array, "b l h k"]) -> Heads:

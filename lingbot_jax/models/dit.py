@@ -20,6 +20,7 @@ from lingbot_jax.models.attention import KV, Attend, CrossAttention, SelfAttenti
 from lingbot_jax.models.control import ControlEmbedding, ControlInjection, inject
 from lingbot_jax.models.layers import (
     LayerNorm,
+    Leaf,
     Linear,
     Mlp,
     PatchEmbedding,
@@ -46,10 +47,10 @@ class Condition:
         Mask and image are there if and only if the model has `image_condition`.
     """
 
-    text: Array
-    control: Array | None = None
-    mask: Array | None = None
-    image: Array | None = None
+    text: Leaf
+    control: Leaf = None
+    mask: Leaf = None
+    image: Leaf = None
 
 
 @jax.tree_util.register_dataclass
@@ -62,10 +63,10 @@ class LayerCondition:
       scale, shift: `b t p d` of the control injection, or None.
     """
 
-    text_keys: Array
-    text_values: Array
-    scale: Array | None
-    shift: Array | None
+    text_keys: Leaf
+    text_values: Leaf
+    scale: Leaf
+    shift: Leaf
 
 
 @jax.tree_util.register_dataclass
@@ -78,7 +79,7 @@ class Prepared:
       layers: LayerCondition, stacked.
     """
 
-    base: Array | None
+    base: Leaf
     layers: LayerCondition
 
 
@@ -88,7 +89,7 @@ class TimeEmbedding(nnx.Module):
     def __init__(self, config: DiTConfig, key: jax.Array):
         mlp, projection = jax.random.split(key)
         sizes = (config.freq_dim, config.dim, config.dim)
-        self.mlp = Mlp(mlp, sizes, jax.nn.silu, ax.INPUT, normal(0.02))
+        self.mlp = Mlp(mlp, sizes, jax.nn.silu, (ax.INPUT, ax.EMBED), normal(0.02))
         self.projection = Linear(projection, (config.dim, 6 * config.dim), (ax.EMBED, ax.MLP))
         self.features = config.freq_dim
 
@@ -191,7 +192,9 @@ class WorldDiT(nnx.Module):
     def __init__(self, config: DiTConfig, key: jax.Array):
         patch, text, time, control, blocks, head = jax.random.split(key, 6)
         self.patch = PatchEmbedding(patch, config.in_channels, config.dim, config.patch)
-        self.text = Mlp(text, (config.text_dim, config.dim, config.dim), gelu, ax.INPUT, normal(0.02))
+        self.text = Mlp(
+            text, (config.text_dim, config.dim, config.dim), gelu, (ax.INPUT, ax.EMBED), normal(0.02)
+        )
         self.time = TimeEmbedding(config, time)
         if config.control != "none":
             self.control = ControlEmbedding(config, control)

@@ -9,6 +9,7 @@ embeddings (set where those are made).
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +24,8 @@ from lingbot_jax.models.rope import cos_sin
 from lingbot_jax.parallel.sharding import gathered, linear
 
 Activation = Callable[[jax.Array], jax.Array]
+# A field of a pytree: an array, or what stands in its place in an abstract tree or a tree of shardings.
+Leaf = Any
 
 
 def xavier(key: jax.Array, shape: Sequence[int], dtype=jnp.float32) -> jax.Array:
@@ -57,11 +60,12 @@ class Mlp(nnx.Module):
         key: jax.Array,
         sizes: tuple[int, int, int],
         activation: Activation,
-        input_axis: str = ax.EMBED,
+        axes: tuple[str, str] = (ax.EMBED, ax.MLP),
         init: Initializer = xavier,
     ):
+        """`axes`: logical axes of the first matrix; the second is (MLP, EMBED)."""
         up, down = jax.random.split(key)
-        self.up = Linear(up, sizes[:2], (input_axis, ax.MLP), init)
+        self.up = Linear(up, sizes[:2], axes, init)
         self.down = Linear(down, sizes[1:], (ax.MLP, ax.EMBED), init)
         self.activation = activation
 

@@ -60,5 +60,5 @@ def test_replace_exchanges_one_expert_and_leaves_the_old_ones(experts):
 
 
 def test_impossible_boundary_is_refused():
-    with pytest.raises(ConfigError, match="boundary = 947: must be a noise fraction between 0 and 1"):
-        NoiseExperts(worlds.CONFIG, jax.random.key(0), boundary=947)
+    with pytest.raises(ConfigError, match="boundary = 947.0: must be a noise fraction between 0 and 1"):
+        NoiseExperts(worlds.CONFIG, jax.random.key(0), boundary=947.0)
