@@ -52,6 +52,8 @@ def test_every_epoch_has_every_record_once_and_differs(folder):
     orders = [[name.rsplit(":", 1)[0] for name in epoch] for epoch in epochs]
     assert all(len(set(order)) == CLIPS for order in orders)
     assert orders[0] != orders[1] != orders[2]
+    windows = [dict(name.rsplit(":", 1) for name in epoch) for epoch in epochs]
+    assert windows[0] != windows[1] != windows[2], "another epoch is other windows"
     starts = {int(name.rsplit(":", 1)[1]) for epoch in epochs for name in epoch}
     assert starts == set(range(FRAMES - 5 + 1)), "windows begin everywhere"
 

@@ -1,8 +1,8 @@
 """The collector with the real game: the bytes, whoever makes them and however often it is killed."""
 
 import json
+import mmap
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -123,32 +123,37 @@ def start_collector(out: Path) -> subprocess.Popen:
     )
 
 
-def test_killed_collector_leaves_no_engine_and_resumes(collected, tmp_path):
-    parent = start_collector(tmp_path)
+def kill(collector: subprocess.Popen, names: tuple[str, ...]) -> None:
+    """SIGKILL for the collector and those of its family that have one of the names, all at once."""
+    family = psutil.Process(collector.pid).children(recursive=True)
+    chosen = [p for p in family if p.name().startswith(names)] if names else []
+    for process in [*chosen, psutil.Process(collector.pid)]:
+        process.kill()
+    collector.wait()
+    psutil.wait_procs(chosen, timeout=10)
+
+
+@pytest.mark.parametrize("names", [(), ("python",)], ids=["collector", "collector and workers"])
+def test_killed_collector_leaves_no_engine_and_resumes(collected, tmp_path, names):
+    """Workers leave when their pipe breaks; when they are killed too, the guards kill the engines."""
+    collector = start_collector(tmp_path)
     wait_until(lambda: left_engines(tmp_path) and hashes(tmp_path))
-    os.kill(parent.pid, signal.SIGKILL)
-    parent.wait()
+    kill(collector, names)
     wait_until(lambda: not left_engines(tmp_path))
     done = hashes(tmp_path)
     assert done and len(done) < 5 and not (tmp_path / "dataset.json").exists()
-    made = collect(CollectConfig(**settings(tmp_path, processes=2))).made
-    assert 0 < made < 18
+    assert 0 < collect(CollectConfig(**settings(tmp_path, processes=2))).made < 18
     assert hashes(tmp_path) == hashes(collected)
 
 
 def test_engines_without_guard_are_swept_at_the_next_start(collected, tmp_path):
     """Kills all but the engines at once: collector, workers and the guards."""
-    parent = start_collector(tmp_path)
+    collector = start_collector(tmp_path)
     wait_until(lambda: len(left_engines(tmp_path)) == 2)
-    family = [p for p in psutil.Process(parent.pid).children(recursive=True) if p.name() != "vizdoom"]
-    guards = [p for p in family if p.name() == "sh"]
-    for process in guards + [psutil.Process(parent.pid)] + [p for p in family if p not in guards]:
-        process.kill()
-    parent.wait()
-    psutil.wait_procs(family, timeout=10)
+    kill(collector, ("sh", "dash", "python"))
     orphans = left_engines(tmp_path)
     assert orphans, "the engine survives its parent: that is why there are guards"
-    instances = [engines._instance(p) for p in orphans]
+    instances = [engines.instance_id(p) for p in orphans]
     collect(CollectConfig(**settings(tmp_path, processes=2)))
     assert not left_engines(tmp_path)
     assert not [n for n in os.listdir("/dev/shm") if any(n.endswith(i) for i in instances)]
@@ -157,10 +162,10 @@ def test_engines_without_guard_are_swept_at_the_next_start(collected, tmp_path):
 
 def test_lost_engine_is_replaced(collected, tmp_path):
     """A worker's engine is killed: the shard is made again, with the same bytes."""
-    parent = start_collector(tmp_path)
+    collector = start_collector(tmp_path)
     wait_until(lambda: left_engines(tmp_path))
     left_engines(tmp_path)[0].kill()
-    assert parent.wait(120) == 0
+    assert collector.wait(120) == 0
     assert hashes(tmp_path) == hashes(collected)
 
 
@@ -174,7 +179,27 @@ def test_dead_engine_is_an_engine_lost(tmp_path):
     with pytest.raises(EngineLost):
         source.record(shard.tasks[1])
     source.close()
-    assert not left_engines(tmp_path)
+    children = psutil.Process().children()
+    assert not left_engines(tmp_path) and not [p for p in children if p.name() == "vizdoom"], (
+        "no zombie either"
+    )
+
+
+def test_shared_memory_that_nobody_maps_is_removed():
+    """What is left when an engine dies while starting. Only that which is old and not in use."""
+    paths = [Path("/dev/shm") / f"ViZDoomMQCtrtest{k}" for k in range(3)]
+    try:
+        for path in paths:
+            path.write_bytes(b"x" * 4096)
+        for path in paths[1:]:
+            os.utime(path, (0, 0))
+        with open(paths[2], "r+b") as file, mmap.mmap(file.fileno(), 4096):
+            os.utime(paths[2], (0, 0))
+            engines.sweep(Path("/nonexistent"))
+            assert [p.exists() for p in paths] == [True, False, True], "young; old; old but in use"
+    finally:
+        for path in paths:
+            path.unlink(missing_ok=True)
 
 
 class _Broken:

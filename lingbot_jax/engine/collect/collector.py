@@ -24,8 +24,8 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from lingbot_jax.config import require
-from lingbot_jax.data.records import DataError, file_sha256, shard_name, write_shard
+from lingbot_jax.config import ConfigError, require
+from lingbot_jax.data.records import SUFFIX, DataError, file_sha256, shard_name, write_shard
 from lingbot_jax.data.schema import SCHEMA_VERSION, encode
 from lingbot_jax.engine.collect import engines
 from lingbot_jax.engine.collect.config import CollectConfig
@@ -76,7 +76,10 @@ def collect(config: CollectConfig, make_source: MakeSource = vizdoom_source) -> 
       CollectError: a shard failed again and again, or another collector is at work in the folder.
     """
     out = Path(config.out).resolve()
-    out.mkdir(parents=True, exist_ok=True)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CollectError(f"config.out = {config.out!r}: cannot be made: {error.strerror}") from None
     with _alone(out):
         _same_config(out, config)
         engines.sweep(out / ENGINES)
@@ -90,6 +93,7 @@ def collect(config: CollectConfig, make_source: MakeSource = vizdoom_source) -> 
         seconds = time.monotonic() - begin
         if not (out / DATASET).exists():
             _write_json(out / DATASET, _describe(out, config, shards))
+        engines.sweep(out / ENGINES)
         shutil.rmtree(out / ENGINES, ignore_errors=True)
     made = sum(len(s.tasks) for s in todo)
     return Summary(sum(len(s.tasks) for s in shards), made, made * config.frames, seconds, processes)
@@ -118,19 +122,27 @@ def _identity(config: CollectConfig) -> dict[str, Any]:
 
 
 def _same_config(out: Path, config: CollectConfig) -> None:
-    """Refuses a folder that was begun with another config; marks a new one."""
+    """Refuses a folder with shards of another config; marks a new one."""
     path, mine = out / STARTED, _identity(config)
-    if not path.exists():
+    if not any(out.glob(f"*{SUFFIX}")):
         _write_json(path, mine)
         return
-    theirs = json.loads(path.read_text())
-    for name, value in mine.items():
-        require(
-            theirs.get(name) == value,
-            f"config.{name}",
-            value,
-            f"the clips in {out} were made with {theirs.get(name)!r}; choose another config.out or delete it",
-        )
+    try:
+        theirs = json.loads(path.read_text())
+    except (OSError, ValueError):
+        raise CollectError(f"{path}: missing or damaged, so its shards may be of another config") from None
+    for name, value in _flat(mine).items():
+        made = _flat(theirs).get(name)
+        advice = f"the clips in {out} were made with {made!r}; choose another config.out or delete it"
+        require(made == value, f"config.{name}", value, advice)
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Groups of fields as dotted names."""
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return flat
 
 
 def _write_json(path: Path, value: Any) -> None:
@@ -260,7 +272,8 @@ def _work(pipe: Connection, config: CollectConfig, make_source: MakeSource) -> N
             except (ValueError, RuntimeError, OSError) as error:
                 if isinstance(error, ConnectionError):
                     raise
-                pipe.send(("error", f"{type(error).__name__}: {' '.join(str(error).split())}"))
+                kind = "" if isinstance(error, ConfigError) else f"{type(error).__name__}: "
+                pipe.send(("error", kind + " ".join(str(error).split())))
                 return
             pipe.send(("done", ""))
 

@@ -8,20 +8,27 @@ and `sweep`, at the next start, clears what is left of parents that no longer li
 An engine's working folder is `<engines>/<parent pid>-<its start time>`, and appears in its command line.
 """
 
+import contextlib
 import logging
 import shutil
-import signal
 import subprocess
+import time
 from pathlib import Path
 
 import psutil
 
 _SHARED_MEMORY = Path("/dev/shm")
-_GUARD = """
+# EOF comes when the last holder of the pipe is gone; a line means that all is well. $1 is the working folder.
+_GUARD = r"""
 read line && exit 0
-[ "$(cat /proc/$1/comm)" = vizdoom ] && kill -9 $1
-rm -rf "$3"
-rm -f /dev/shm/ViZDoom*"$2"
+for file in $(grep -laF "$1/" /proc/[0-9]*/cmdline); do
+    process=${file%/cmdline}
+    [ "$(cat "$process/comm")" = vizdoom ] || continue
+    instance=$(tr '\0' '\n' < "$file" | grep -A1 viz_instance_id | tail -n1)
+    kill -9 "${process#/proc/}"
+    rm -f /dev/shm/ViZDoom*"$instance"
+done
+rm -rf "$1"
 """
 
 
@@ -48,48 +55,43 @@ def _find(work: Path) -> list[psutil.Process]:
     return found
 
 
-def _instance(process: psutil.Process) -> str:
+def instance_id(process: psutil.Process) -> str:
     """The engine's instance id, with which the names of its shared memory end."""
     arguments = process.cmdline()
     return arguments[arguments.index("+viz_instance_id") + 1]
 
 
 class Guard:
-    """Watches over the one engine that was just started in `work`."""
+    """Watches over the engines of a working folder. Made before the engine is started, so that there is no gap:
+    a process between fork and exec still holds the pipe, and after exec its command line names the folder."""
 
     def __init__(self, work: Path):
-        children = [p for p in psutil.Process().children() if p.name() == "vizdoom"]
-        mine = [p for p in children if any(a.startswith(f"{work}/") for a in p.cmdline())]
-        self._engine = max(mine, key=lambda p: p.create_time())
-        self._instance = _instance(self._engine)
+        self._work = work
         self._watch = subprocess.Popen(
-            ["/bin/sh", "-c", _GUARD, "guard", str(self._engine.pid), self._instance, str(work)],
+            ["/bin/sh", "-c", _GUARD, "guard", str(work)],
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
             start_new_session=True,  # a signal to the parent's group must not reach it
         )
 
-    @property
-    def pid(self) -> int:
-        return self._engine.pid
-
     def close(self) -> None:
-        """Makes sure the engine is gone and leaves nothing behind."""
-        _kill(self._engine)
-        _remove_shared_memory(self._instance)
+        """Makes sure that the engines are gone and leave nothing behind."""
+        _clear(self._work)
         self._watch.communicate(b"done\n")
 
 
-def _kill(process: psutil.Process) -> None:
-    if process.is_running():
-        process.send_signal(signal.SIGKILL)
-        process.wait(10)
-
-
-def _remove_shared_memory(instance: str) -> None:
-    for path in _SHARED_MEMORY.glob(f"ViZDoom*{instance}"):
-        path.unlink(missing_ok=True)
+def _clear(work: Path) -> int:
+    """Kills the engines of a folder and removes their shared memory. Returns how many there were."""
+    found = _find(work)
+    for engine in found:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            instance = instance_id(engine)
+            engine.kill()
+            engine.wait(10)
+            for path in _SHARED_MEMORY.glob(f"ViZDoom*{instance}"):
+                path.unlink(missing_ok=True)
+    return len(found)
 
 
 def sweep(engines: Path) -> int:
@@ -101,12 +103,27 @@ def sweep(engines: Path) -> int:
             continue
         if psutil.pid_exists(int(pid)) and _started(psutil.Process(int(pid))) == int(started):
             continue
-        for engine in _find(work):
-            instance = _instance(engine)
-            _kill(engine)
-            _remove_shared_memory(instance)
-            killed += 1
+        killed += _clear(work)
         shutil.rmtree(work, ignore_errors=True)
+    _remove_unused_shared_memory()
     if killed:
         logging.getLogger(__name__).warning("killed %d engine(s) left by a dead collector", killed)
     return killed
+
+
+def _remove_unused_shared_memory(age: float = 5.0) -> None:
+    """Removes our engines' shared memory that no process maps: when an engine dies while it starts, vizdoom takes
+    its Python process down with it and nobody is left who knows the names. Spares files younger than `age` s."""
+    old = [
+        path
+        for path in _SHARED_MEMORY.glob("ViZDoom*")
+        if path.owner() == psutil.Process().username() and time.time() - path.stat().st_mtime > age
+    ]
+    if not old:
+        return
+    mapped = set()
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            mapped |= {Path(m.path) for m in process.memory_maps() if "ViZDoom" in m.path}
+    for path in set(old) - mapped:
+        path.unlink(missing_ok=True)

@@ -94,10 +94,13 @@ class _Engine:
         variables = [getattr(vizdoom.GameVariable, name) for name in _VARIABLES]
         game.set_available_game_variables(variables)
         game.add_game_args(_OPTIONS)
-        with contextlib.chdir(work):  # the engine writes into its working folder
-            game.init()
-        self._game = game
-        self._guard = engines.Guard(work)
+        self._game, self._guard = game, engines.Guard(work)
+        try:
+            with contextlib.chdir(work):  # the engine writes into its working folder
+                game.init()
+        except BaseException:
+            self.close()
+            raise
 
     def load(self, lump: str) -> None:
         """Enters a map from its beginning."""
