@@ -1,8 +1,12 @@
-"""Checks the shape and dtype annotations of the models while the tests call them.
+"""Checks the shape and dtype annotations of the world model while the tests call it.
 
-Must run before the modules are imported, hence a conftest. A wrong shape then fails at the call with the axis names.
+A wrong shape then fails at the call, with the names of its axes. Must run before the modules are imported, hence a
+conftest. Modules are listed one by one, because beartype refuses protocols that are not runtime-checkable.
 """
 
 from jaxtyping import install_import_hook
 
-install_import_hook(["lingbot_jax.models"], "beartype.beartype")
+NETWORK = ("attention", "control", "dit", "experts", "layers", "rope")
+CHECKED = [f"lingbot_jax.models.{name}" for name in NETWORK] + ["lingbot_jax.control"]
+
+install_import_hook(CHECKED, "beartype.beartype")
