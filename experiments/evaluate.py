@@ -16,17 +16,16 @@ from rich.progress import track
 
 from experiments import common
 from experiments.configs.schema import EvaluateConfig
+from experiments.worlds import open_world
 from lingbot_jax.config import ConfigError
 from lingbot_jax.data.loader import evaluation_batches
 from lingbot_jax.data.video import contact_sheet, write_image, write_mp4
 from lingbot_jax.evaluation.control import yaw_signs
 from lingbot_jax.evaluation.video import clip_psnr, frame_psnr
-from lingbot_jax.models.codec import load_linear
-from lingbot_jax.models.text import HashedNgramEncoder
-from lingbot_jax.rollout.bidirectional import sample_clips, to_float, to_uint8
-from lingbot_jax.training.checkpoints import load_config, load_ema
+from lingbot_jax.models.codec import to_float, to_uint8
+from lingbot_jax.rollout.bidirectional import sample_clips
+from lingbot_jax.training.checkpoints import load_config
 from lingbot_jax.training.encode import ClipEncoder
-from lingbot_jax.training.state import abstract_model, merge
 
 CONFIG = common.define_config()
 
@@ -51,10 +50,9 @@ def moving_clips(config: EvaluateConfig, loader) -> dict[str, np.ndarray]:
 def main() -> None:
     config = common.load(CONFIG, EvaluateConfig)
     run = load_config(config.run)
-    codec = load_linear(run.codec)
-    text_encoder = HashedNgramEncoder(run.model.text_dim, run.model.text_len)
-    model = merge(abstract_model(run), load_ema(config.run))
-    encoder = ClipEncoder(codec, text_encoder, run.model, run.pose)
+    world = open_world(config.run)
+    codec = world.codec
+    encoder = ClipEncoder(codec, world.text_encoder, world.config, world.pose)
     clips = moving_clips(config, run.data)
     truth = clips["frames"]
 
@@ -64,12 +62,18 @@ def main() -> None:
         for start in track(range(0, config.clips, config.batch), description=title):
             rows = np.arange(start, min(start + config.batch, config.clips))
             window = {name: clips[name][order[rows]] for name in ("keys", "c2w", "intrinsics")}
-            given = np.ones(len(rows), np.int32)
-            condition = encoder(
-                window | {"frames": truth[rows]}, clips[run.tasks.caption][rows], given
-            ).condition
+            window["frames"] = truth[rows]
+            condition = encoder.condition(
+                window, clips[run.tasks.caption][rows], np.ones(len(rows), np.int32)
+            )
             video = sample_clips(
-                model, codec, text_encoder, condition, config.sample, seed=config.seed, indices=rows
+                world.model,
+                codec,
+                world.text_encoder,
+                condition,
+                config.sample,
+                seed=config.seed,
+                indices=rows,
             )
             videos.append(np.asarray(to_uint8(video)))
         return np.concatenate(videos)

@@ -21,7 +21,6 @@ import time
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from absl import flags
 from rich.console import Console
@@ -30,15 +29,17 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from experiments import common
 from experiments.worlds import World, open_world
 from lingbot_jax.config import ConfigError, require
-from lingbot_jax.control import keyboard, plucker, poses
+from lingbot_jax.control import keyboard, poses
 from lingbot_jax.diffusion.guidance import Guidance
-from lingbot_jax.models.dit import Condition
+from lingbot_jax.models.codec import to_uint8
 from lingbot_jax.models.experts import NoiseExperts
 from lingbot_jax.models.text import TextEncoder
-from lingbot_jax.rollout import bidirectional
-from lingbot_jax.rollout.bidirectional import SampleConfig
+from lingbot_jax.rollout.bidirectional import SampleConfig, sample_clips
 from lingbot_jax.rollout.causal import CausalConfig
 from lingbot_jax.rollout.stream import Session, SessionConfig
+from lingbot_jax.rollout.windows import count as windows_of
+from lingbot_jax.rollout.windows import extend
+from lingbot_jax.training.encode import ClipEncoder
 
 FLAGS = flags.FLAGS
 flags.DEFINE_string("run", None, "run directory of experiments.train, or bundle of experiments.convert")
@@ -55,6 +56,8 @@ flags.DEFINE_float("walk", keyboard.STEP, "world units a frame of a movement key
 flags.DEFINE_float("turn", keyboard.DEGREES, "degrees a frame of a looking key")
 flags.DEFINE_integer("frames", None, "video frames; default: as many as the keys or poses give")
 flags.DEFINE_string("size", "image", "480p, 720p (areas; the image's aspect is kept), or image: its own size")
+flags.DEFINE_integer("clip_frames", None, "video frames generated at a time, 4n+1 (base; default: all)")
+flags.DEFINE_integer("overlap", 5, "video frames a clip takes over from the one before, 4n+1 (base)")
 flags.DEFINE_integer("steps", None, "denoising steps (base; default: the bundle's, 20 for a run)")
 flags.DEFINE_float("shift", None, "timestep shift; default: the bundle's or the run's")
 flags.DEFINE_list("guidance", None, "scale, or low-noise,high-noise scales; 1 is off (base)")
@@ -69,7 +72,7 @@ flags.DEFINE_integer("seed", 0, "of the noise")
 flags.DEFINE_integer("fps", 16, "video frames a second, of the file and of --events")
 flags.DEFINE_string("out", None, "folder to write; must not exist yet")
 
-BASE_ONLY = ("negative_prompt", "steps", "guidance", "solver")
+BASE_ONLY = ("negative_prompt", "clip_frames", "overlap", "steps", "guidance", "solver")
 FAST_ONLY = ("chunk", "window", "sink", "events", "blend", "reencode")
 
 
@@ -80,6 +83,12 @@ class Path:
     c2w: np.ndarray
     intrinsics: np.ndarray
     keys: np.ndarray
+
+    def window(self, start: int, frames: int) -> "Path":
+        """`frames` rows from `start`; after the end the camera stands still. The first has no transition."""
+        part = Path(self.c2w[start:], self.intrinsics[start:], self.keys[start:]).fitted(frames)
+        part.keys[0] = False
+        return part
 
     def fitted(self, frames: int) -> "Path":
         """Cut to `frames`, or standing still after the end."""
@@ -246,37 +255,39 @@ def causal_config(world: World) -> CausalConfig:
 def run_base(
     world: World, first: np.ndarray, path: Path, config: SampleConfig, progress: Progress
 ) -> np.ndarray:
-    """The whole clip at once: uint8 frames."""
-    codec, model, (height, width) = world.codec, world.config, first.shape[:2]
-    t = codec.config.latent_frames(len(path.c2w))
-    packed = None
-    if model.control != "none":
-        relative = poses.relative(
-            poses.resample(path.c2w, t), world.pose.reference, translation_unit(path, world)
-        )
-        held = None
-        if model.control != "cam":
-            held = plucker.latent_keys(path.keys[:, : len(keyboard.MOVEMENT)], codec.config.stride[0])
-        packed = plucker.control(
-            relative, path.intrinsics[:1], held, model.control, height, width, model.spatial_stride
-        )
-        packed = jnp.asarray(packed)[None]
-    mask, image = bidirectional.given_frames(codec, jnp.asarray(first)[None, None], t)
-    text = jnp.asarray(world.text_encoder.encode([FLAGS.prompt]))
-    condition = Condition(text=text, control=packed, mask=mask, image=image)
-    task = progress.add_task(f"{len(path.c2w)} frames of {width}x{height}", total=config.steps)
-    video = bidirectional.sample_clips(
-        world.model,
-        codec,
-        world.text_encoder,
-        condition,
-        config,
-        seed=FLAGS.seed,
-        on_step=lambda: progress.advance(task),
+    """The whole clip at once, or window by window: uint8 frames."""
+    encoder = ClipEncoder(world.codec, world.text_encoder, world.config, world.pose)
+    frames = len(path.c2w)
+    window = FLAGS.clip_frames or frames
+    overlap = FLAGS.overlap if window < frames else 1
+    windows = windows_of(frames, window, overlap)
+    task = progress.add_task(
+        f"{frames} frames of {first.shape[1]}x{first.shape[0]}", total=windows * config.steps
     )
-    video = np.asarray(bidirectional.to_uint8(video[0]))
+    on_step = lambda: progress.advance(task)
+
+    def generate(known: np.ndarray, start: int) -> np.ndarray:
+        part = path.window(start, window)
+        shown = np.zeros((window, *first.shape), np.float32)
+        shown[: len(known)] = known
+        recording = {"frames": shown, "keys": part.keys, "c2w": part.c2w, "intrinsics": part.intrinsics}
+        given = np.array([world.codec.config.latent_frames(len(known))])
+        condition = encoder.condition({k: v[None] for k, v in recording.items()}, [FLAGS.prompt], given)
+        video = sample_clips(
+            world.model,
+            world.codec,
+            world.text_encoder,
+            condition,
+            config,
+            seed=FLAGS.seed,
+            indices=[start],
+            on_step=on_step,
+        )
+        return np.asarray(video[0])
+
+    video = extend(first, frames, window, overlap, generate)
     jax.effects_barrier()
-    return video
+    return np.asarray(to_uint8(video))
 
 
 def run_fast(

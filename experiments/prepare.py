@@ -12,8 +12,7 @@ from experiments import common
 from experiments.configs.schema import PrepareConfig
 from lingbot_jax.data.loader import evaluation_batches
 from lingbot_jax.evaluation.video import clip_psnr
-from lingbot_jax.models.codec import fit_linear, save_linear
-from lingbot_jax.rollout.bidirectional import to_float, to_uint8
+from lingbot_jax.models.codec import fit_linear, save_linear, to_float, to_uint8
 
 CONFIG = common.define_config()
 

@@ -9,13 +9,13 @@ import dataclasses
 import json
 import pathlib
 from collections.abc import Iterable
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from einops import rearrange, repeat
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Shaped
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
@@ -49,6 +49,7 @@ class CodecConfig:
         return 1 + (frames - 1) // self.stride[0]
 
 
+@runtime_checkable  # the tests check annotations
 class Codec(Protocol):
     """What the rest of the system needs of a codec. All methods are pure."""
 
@@ -183,8 +184,12 @@ def load_linear(path: str | pathlib.Path) -> LinearCodec:
     return LinearCodec(**arrays, config=config)
 
 
-def psnr(
-    a: Float[Array, "..."], b: Float[Array, "..."], axes: tuple[int, ...] | None = None
-) -> Float[Array, "..."]:
-    """Peak signal-to-noise ratio in dB of videos in [-1, 1], over `axes` (all by default); at most 100."""
-    return -10 * jnp.log10(jnp.maximum(jnp.mean(jnp.square((a - b) / 2), axis=axes), 1e-10))
+def to_float(frames: Shaped[Array, "..."] | np.ndarray) -> Float[Array, "..."]:
+    """uint8 frames to [-1, 1]; floats pass."""
+    frames = jnp.asarray(frames)
+    return frames.astype(jnp.float32) / 127.5 - 1.0 if frames.dtype == jnp.uint8 else frames
+
+
+def to_uint8(video: Float[Array, "..."]) -> Shaped[Array, "..."]:
+    """Video in [-1, 1] to uint8, rounded to nearest."""
+    return jnp.round((jnp.clip(video, -1.0, 1.0) + 1.0) * 127.5).astype(jnp.uint8)

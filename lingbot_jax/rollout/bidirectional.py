@@ -18,7 +18,7 @@ from lingbot_jax.config import require
 from lingbot_jax.diffusion import guidance, solvers
 from lingbot_jax.diffusion.flow import TIMESTEPS
 from lingbot_jax.diffusion.guidance import Guidance
-from lingbot_jax.models.codec import Codec
+from lingbot_jax.models.codec import Codec, to_float
 from lingbot_jax.models.condition import image_condition
 from lingbot_jax.models.dit import Condition, WorldDiT
 from lingbot_jax.models.experts import NoiseExperts
@@ -212,14 +212,3 @@ def generate(
     text = jnp.asarray(text_encoder.encode(list(prompts)))
     condition = Condition(text=text, control=control, mask=mask, image=image)
     return sample_clips(model, codec, text_encoder, condition, config, seed=seed, indices=indices)
-
-
-def to_float(frames: Shaped[Array, "..."] | np.ndarray) -> Float[Array, "..."]:
-    """uint8 frames to [-1, 1]; floats pass."""
-    frames = jnp.asarray(frames)
-    return frames.astype(jnp.float32) / 127.5 - 1.0 if frames.dtype == jnp.uint8 else frames
-
-
-def to_uint8(video: Float[Array, "..."]) -> Shaped[Array, "..."]:
-    """Video in [-1, 1] to uint8, rounded to nearest."""
-    return jnp.round((jnp.clip(video, -1.0, 1.0) + 1.0) * 127.5).astype(jnp.uint8)

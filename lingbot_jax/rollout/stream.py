@@ -24,11 +24,11 @@ from kernels_pallas.context import valid_slots
 from lingbot_jax.config import DiTConfig, require
 from lingbot_jax.control import keyboard, plucker, poses
 from lingbot_jax.models.attention import Attend
-from lingbot_jax.models.codec import Codec, Stream
+from lingbot_jax.models.codec import Codec, Stream, to_float, to_uint8
 from lingbot_jax.models.dit import Condition, WorldDiT
 from lingbot_jax.models.text import TextEncoder
 from lingbot_jax.rollout import causal
-from lingbot_jax.rollout.bidirectional import given_frames, to_float, to_uint8
+from lingbot_jax.rollout.bidirectional import given_frames
 from lingbot_jax.rollout.cache import CacheLayout, KVCache
 from lingbot_jax.rollout.causal import CausalConfig
 

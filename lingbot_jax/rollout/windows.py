@@ -3,15 +3,20 @@
 from collections.abc import Callable
 
 import numpy as np
-from jaxtyping import UInt8
+from jaxtyping import Shaped
 
 from lingbot_jax.config import require
 
-Frames = UInt8[np.ndarray, "f h w 3"]
+Frames = Shaped[np.ndarray, "f h w 3"]
+
+
+def count(frames: int, window: int, overlap: int) -> int:
+    """Windows that `extend` needs."""
+    return 1 + max(0, -(-(frames - window) // (window - overlap)))
 
 
 def extend(
-    first: UInt8[np.ndarray, "h w 3"],
+    first: Shaped[np.ndarray, "h w 3"],
     frames: int,
     window: int,
     overlap: int,

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from lingbot_jax.config import ConfigError
-from lingbot_jax.rollout.windows import extend
+from lingbot_jax.rollout.windows import count, extend
 
 
 @pytest.mark.parametrize(("frames", "window", "overlap"), [(49, 17, 5), (17, 17, 5), (20, 9, 1), (2, 5, 1)])
@@ -19,6 +19,7 @@ def test_frames_are_continuous_and_known_frames_are_the_last_ones(frames, window
 
     video = extend(np.zeros((2, 2, 3), np.uint8), frames, window, overlap, generate)
     np.testing.assert_array_equal(video, number(0, frames))
+    assert len(calls) == count(frames, window, overlap)
     assert calls[0] == (0, 1) and all(k == overlap for _, k in calls[1:])
 
 
