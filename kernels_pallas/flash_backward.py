@@ -1,14 +1,14 @@
-"""Backward attention kernel: dq, dk and dv in one pass over the visible tiles, scores transposed.
+"""Backward attention kernel: dq, dk and dv in one pass over the visible tiles.
 
-With P^T = exp2(S^T - lse) and dS^T = P^T (V dO^T - delta), delta = rowsum(dO O), a tile adds
+With P = exp2(S - lse) and dS = P (dO V^T - delta), delta = rowsum(dO O), a tile adds to dV, dK and dQ. Two forms:
 
-    dQ^T [k block_q] += K^T dS^T      kept in VMEM for all queries of a head (4 bytes x n x head_dim) until the
-                                      head is done, so no partial sums go to HBM
-    dV += P^T dO                      form "rows":    [block_k k], for 128x128 matrix units
-    dV^T += dO^T P                    form "columns": [k block_k], P^T is the operand that is pushed, which fills a
-                                      256x256 unit at head_dim 128 (3.5 instead of 5 times the ideal half)
+    rows     scores [keys queries]: dV += P^T dO, dK += dS^T Q, dQ^T += K^T dS^T. No large operand is transposed; for
+             128x128 matrix units, which head_dim 128 fills in any orientation.
+    columns  scores [queries keys]: dV^T += dO^T P, dK^T += Q^T dS, dQ^T += K^T dS^T. P and dS are the operands that are
+             pushed, which fills a 256x256 unit at head_dim 128: 3.5 instead of 5 units of time a tile.
 
-and dK likewise from dS^T and Q. Nothing depends on a maximum: the log-sum-exp is exact, every P is at most 1.
+dQ^T stays in VMEM for all queries of a head (4 bytes x n x head_dim) until the head is done, so no partial sums
+go to HBM. Nothing depends on a maximum: the log-sum-exp is exact, every P is at most 1.
 """
 
 import functools
@@ -33,6 +33,15 @@ from kernels_pallas.flash_forward import (
 )
 from kernels_pallas.steps import CLEAR, FIRST, LAST, MASKED, Plan, key_block, query_block
 from kernels_pallas.tiles import BackwardTiles
+
+
+def visible_columns(bounds: Array, keys: Array, intervals: int) -> Array:
+    """Bool [queries keys] from transposed `Plan.bounds`."""
+    inside = [
+        (keys >= bounds[:, 2 * i : 2 * i + 1]) & (keys < bounds[:, 2 * i + 1 : 2 * i + 2])
+        for i in range(intervals)
+    ]
+    return functools.reduce(lambda a, b: a | b, inside)
 
 
 def _transpose(x):
@@ -67,30 +76,47 @@ def _kernel(*refs, plan: Plan, tiles: BackwardTiles, heads: int, head_dim: int, 
         rows = at * tiles.block_k + lax.broadcasted_iota(jnp.int32, (tiles.block_k, 1), 0)
         k_t[...] = _transpose(jnp.where(rows < plan.mask.m, k_ref[0], 0))
 
-    def tile(masked):
-        if by_columns:
-            q_t[...] = _transpose(q_ref[0])
-            g_t[...] = _transpose(g_ref[0])
+    def key_index(shape, axis, offset):
+        return at * tiles.block_k + offset + lax.broadcasted_iota(jnp.int32, shape, axis)
+
+    def tile_rows(masked):
         for c in range(tiles.block_k // tiles.chunk):
             span = slice(c * tiles.chunk, (c + 1) * tiles.chunk)
             p = jnp.exp2(dot(k_ref[0, span], q_ref[0], NT) * (scale * LOG2_E) - lse_ref[0])
             ds = p * (dot(v_ref[0, span], g_ref[0], NT) - delta_ref[0])
             if masked:
-                keys = at * tiles.block_k + c * tiles.chunk
-                keys += lax.broadcasted_iota(jnp.int32, (tiles.chunk, 1), 0)
+                keys = key_index((tiles.chunk, 1), 0, c * tiles.chunk)
                 seen = visible(bounds_ref[...], keys, 3)
                 if plan.limited:
                     seen &= valid_keys(valid, sample, keys, 4)
                 p, ds = jnp.where(seen, p, 0.0), jnp.where(seen, ds, 0.0)
             p, ds = p.astype(g_ref.dtype), ds.astype(q_ref.dtype)
-            if by_columns:
-                dv[:, span] += dot(g_t[...], p, NT)
-                dk[:, span] += dot(q_t[...], ds, NT)
-            else:
-                dv[span] += dot(p, g_ref[0], NN)
-                dk[span] += dot(ds, q_ref[0], NN)
+            dv[span] += dot(p, g_ref[0], NN)
+            dk[span] += dot(ds, q_ref[0], NN)
             dq_t[row] += dot(k_t[:, span], ds, NN)
 
+    def tile_columns(masked):
+        q_t[...], g_t[...] = _transpose(q_ref[0]), _transpose(g_ref[0])
+        column = lambda ref: jnp.broadcast_to(ref[0], (8, tiles.block_q)).T[:, :1]
+        lse, delta = column(lse_ref), column(delta_ref)
+        if masked:
+            bounds = bounds_ref[...].astype(jnp.float32).T  # exact: token counts are below 2^24
+            keys = key_index((1, tiles.block_k), 1, 0)
+        for c in range(tiles.block_q // tiles.chunk):
+            span = slice(c * tiles.chunk, (c + 1) * tiles.chunk)
+            p = jnp.exp2(dot(q_ref[0, span], k_ref[0], NT) * (scale * LOG2_E) - lse[span])
+            ds = p * (dot(g_ref[0, span], v_ref[0], NT) - delta[span])
+            if masked:
+                seen = visible_columns(bounds[span], keys.astype(jnp.float32), 3)
+                if plan.limited:
+                    seen &= valid_keys(valid, sample, keys, 4)
+                p, ds = jnp.where(seen, p, 0.0), jnp.where(seen, ds, 0.0)
+            p, ds = p.astype(g_ref.dtype), ds.astype(q_ref.dtype)
+            dv[...] += dot(g_t[:, span], p, NN)
+            dk[...] += dot(q_t[:, span], ds, NN)
+            dq_t[row, :, span] += dot(k_t[...], ds, NT)
+
+    tile = tile_columns if by_columns else tile_rows
     pl.when(step & CLEAR != 0)(lambda: tile(masked=False))
     if plan.any_masked:
         pl.when(step & MASKED != 0)(lambda: tile(masked=True))

@@ -119,9 +119,10 @@ class Mask:
         )
         return Mask(self.n, self.m, rows)
 
-    def pad_keys(self, m: int) -> "Mask":
-        """The same mask with invisible keys appended up to m."""
-        return Mask(self.n, m, self.rows)
+    def queries(self, start: int, stop: int) -> "Mask":
+        """The mask of the queries [start, stop) alone; keys stay."""
+        rows = (Rows(max(r.start, start) - start, min(r.stop, stop) - start, r.keys) for r in self.rows)
+        return Mask(stop - start, self.m, tuple(r for r in rows if r.stop > r.start))
 
     @property
     def is_full(self) -> bool:

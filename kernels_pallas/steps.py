@@ -30,6 +30,16 @@ def key_block(step):
     return (step >> _KEY_SHIFT) & (_MAX_KEY_BLOCKS - 1)
 
 
+def valid_intervals(
+    batch: int, own_start: int, own: int, context: Context | None, key_lengths: Int[Array, "b"] | None
+) -> Int[Array, "b 4 2"]:
+    """Intervals of keys that exist: the context's valid slots, then the own keys from own_start on."""
+    lengths = jnp.full(batch, own) if key_lengths is None else jnp.clip(key_lengths, 0, own)
+    keys = jnp.stack([jnp.full(batch, own_start), own_start + lengths], axis=-1)[:, None]
+    slots = jnp.zeros((3, 2), jnp.int32) if context is None else jnp.clip(context.valid, 0, context.slots)
+    return jnp.concatenate([jnp.broadcast_to(slots, (batch, 3, 2)), keys], axis=1).astype(jnp.int32)
+
+
 @dataclasses.dataclass(frozen=True)
 class Plan:
     """The steps of one kernel call. Static but for `dynamic`.
@@ -94,12 +104,11 @@ class Plan:
             out[:, MAX_INTERVALS] = 0, self.own_start
         return np.ascontiguousarray(out.reshape(self.mask.n, 8).T)
 
-    def valid(self, batch: int, context: Context | None, key_lengths: Array | None) -> Int[Array, "b 4 2"]:
-        """Intervals of keys that exist, per sample, joined coordinates."""
-        lengths = jnp.full(batch, self.mask.m) if key_lengths is None else key_lengths
-        own = jnp.stack([jnp.full(batch, self.own_start), self.own_start + lengths], axis=-1)[:, None]
-        slots = jnp.zeros((3, 2), jnp.int32) if context is None else jnp.clip(context.valid, 0, self.slots)
-        return jnp.concatenate([jnp.broadcast_to(slots, (batch, 3, 2)), own], axis=1).astype(jnp.int32)
+    def valid(
+        self, batch: int, context: Context | None, key_lengths: Int[Array, "b"] | None
+    ) -> Int[Array, "b 4 2"]:
+        """Intervals of keys that exist, per sample, in joined coordinates."""
+        return valid_intervals(batch, self.own_start, self.mask.m, context, key_lengths)
 
     def dynamic(self, valid: Int[Array, "b 4 2"]) -> Int[Array, "b steps"]:
         """The steps with what is not valid taken out.

@@ -1,0 +1,163 @@
+"""Flash attention for `b n h k` on TPU, differentiable: masks, contexts, key lengths, any sequence length.
+
+    kernel = functools.partial(flash_attention, generation=tiles.generation(jax.devices()[0]))
+    out = kernel(q, k, v, mask, context=context)
+
+Accuracy, bfloat16 inputs: q, k and v enter products as they are, scores and sums are float32, the probabilities
+are rounded to bfloat16 (relative 2^-9) before they meet v, and the result once more. So against float64 on the
+same inputs: |error| <= 2^-8 * (max|v| + max|out|), the bound the tests hold both forms to.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from kernels_pallas import tiles as tiles_lib
+from kernels_pallas.context import Context
+from kernels_pallas.flash_backward import flash_backward
+from kernels_pallas.flash_forward import LOG2_E, flash_forward
+from kernels_pallas.mask import Mask, Rows
+from kernels_pallas.steps import Plan, valid_intervals
+from kernels_pallas.tiles import Tiles
+
+# Log2 of the largest exponential the bounded form may meet: 2^80, summed over 2^17 keys and times values of up
+# to 2^VALUE_LOG2, stays below float32's 2^127; its inverse times 2^-VALUE_LOG2 stays above 2^-126.
+SCORE_LOG2, VALUE_LOG2 = 80.0, 24.0
+
+
+def bounded_is_safe(
+    q: Float[Array, "b n h k"], k: Float[Array, "b m h k"], v: Float[Array, "b m h k"]
+) -> Bool[Array, ""]:
+    """Whether exponentials of the scores themselves, without any offset, stay inside float32.
+
+    By Cauchy and Schwarz |s| <= |q| max|k|. With RMS-normed q and k of gains a and b and head_dim 128 that is 16.3 a b
+    in log2: true up to a b = 4.9. NaN or infinite inputs are not safe.
+    """
+    norm = lambda x: jnp.sqrt(jnp.max(jnp.sum(jnp.square(x.astype(jnp.float32)), -1)))
+    top = norm(q) * norm(k) * (LOG2_E / q.shape[-1] ** 0.5)
+    size = jnp.max(jnp.abs(v.astype(jnp.float32)))
+    ordinary = (size == 0) | ((size >= 2.0**-VALUE_LOG2) & (size <= 2.0**VALUE_LOG2))
+    return (top <= SCORE_LOG2) & ordinary
+
+
+def _forward(q, k, v, context, key_lengths, mask, tiles, interpret):
+    both = [
+        functools.partial(
+            flash_forward, mask=mask, form=form, interpret=interpret, tiles=getattr(tiles, form)
+        )
+        for form in ("lagged", "bounded")
+    ]
+    safe = bounded_is_safe(q, k, v)
+    if context is not None:
+        safe &= bounded_is_safe(q, context.keys, context.values)
+    run = lambda f: lambda q, k, v, context, lengths: f(q, k, v, context=context, key_lengths=lengths)
+    return jax.lax.cond(safe, run(both[1]), run(both[0]), q, k, v, context, key_lengths)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7))
+def _attention(q, k, v, context, key_lengths, mask, tiles, interpret):
+    return _forward(q, k, v, context, key_lengths, mask, tiles, interpret)[0]
+
+
+def _attention_forward(q, k, v, context, key_lengths, mask, tiles, interpret):
+    out, lse = _forward(q, k, v, context, key_lengths, mask, tiles, interpret)
+    return out, (q, k, v, context, key_lengths, out, lse)
+
+
+def _join(mask: Mask, slots: int) -> Mask:
+    """The mask over a context's slots and the own keys as one array."""
+    rows = (
+        Rows(r.start, r.stop, ((0, slots), *((slots + a, slots + b) for a, b in r.keys))) for r in mask.rows
+    )
+    return Mask(mask.n, slots + mask.m, tuple(rows))
+
+
+def _attention_backward(mask, tiles, interpret, saved, g):
+    q, k, v, context, key_lengths, out, lse = saved
+    slots = 0 if context is None else context.slots
+    valid = None
+    if context is not None or key_lengths is not None:
+        # The context is one array with the own keys here: the backward pass is not where time is short.
+        batch = 1 if key_lengths is None else len(q)
+        valid = valid_intervals(batch, slots, mask.m, context, key_lengths)
+    if context is not None:
+        k, v = (jnp.concatenate(x, axis=1) for x in ((context.keys, k), (context.values, v)))
+        mask = _join(mask, slots)
+    dq, dk, dv = _backward_segments(q, k, v, out, lse, g, mask, tiles.backward, valid, interpret)
+    return dq, dk[:, slots:], dv[:, slots:], None, None
+
+
+def _backward_segments(q, k, v, out, lse, g, mask, tiles, valid, interpret):
+    """`flash_backward` on as many queries at a time as its VMEM accumulator of dq holds."""
+    n, d = q.shape[1], q.shape[3]
+    most = max(1, tiles.accumulator_bytes // (4 * d * tiles.block_q)) * tiles.block_q
+    parts = []
+    for start in range(0, n, most):
+        stop = min(start + most, n)
+        cut = slice(start, stop)
+        plan = Plan(
+            mask.queries(start, stop), tiles.block_q, tiles.block_k, "keys", limited=valid is not None
+        )
+        arrays = q[:, cut], k, v, out[:, cut], lse[:, :, cut], g[:, cut]
+        parts.append(flash_backward(*arrays, plan, tiles, valid=valid, interpret=interpret))
+    if len(parts) == 1:
+        return parts[0]
+    add = lambda xs: functools.reduce(jnp.add, [x.astype(jnp.float32) for x in xs]).astype(xs[0].dtype)
+    return (
+        jnp.concatenate([p[0] for p in parts], axis=1),
+        add([p[1] for p in parts]),
+        add([p[2] for p in parts]),
+    )
+
+
+_attention.defvjp(_attention_forward, _attention_backward)
+
+
+def flash_attention(
+    q: Float[Array, "b n h k"],
+    k: Float[Array, "b m h k"],
+    v: Float[Array, "b m h k"],
+    mask: Mask | None = None,
+    *,
+    generation: tiles_lib.Generation,
+    context: Context | None = None,
+    key_lengths: Int[Array, "b"] | None = None,
+    tiles: Tiles | None = None,
+    interpret: bool = False,
+) -> Float[Array, "b n h k"]:
+    """softmax(q k^T / sqrt(head_dim)) v over the visible keys; a query that sees none gives zeros.
+
+    Where norms show that no exponential can leave float32 the bounded kernel runs, otherwise, inside the same call,
+    the lagged one, which is right for any finite input (`flash_forward`).
+
+    Args:
+      mask: visibility of the own keys; None is full.
+      generation: of the TPU, decides tiles and forms; see `tiles.generation`.
+      context: cached keys and values every query sees besides; no gradient goes to it.
+      key_lengths: own keys that exist, per sample.
+      tiles: other tiles than the table's, for measurements.
+      interpret: runs the kernels in Python on any backend, for tests.
+
+    Raises:
+      ValueError: shapes do not match, or head_dim is not 64 or a multiple of 128.
+    """
+    b, n, h, d = q.shape
+    if k.shape != v.shape or k.shape[::2] != q.shape[::2] or k.shape[3] != d:
+        raise ValueError(
+            f"flash_attention: q {q.shape}, k {k.shape}, v {v.shape}: batch, heads, head_dim must agree"
+        )
+    if d != 64 and d % 128:
+        raise ValueError(f"flash_attention: head_dim = {d}: must be 64 or a multiple of 128")
+    mask = Mask.full(n, k.shape[1]) if mask is None else mask
+    if (mask.n, mask.m) != (n, k.shape[1]):
+        raise ValueError(f"flash_attention: mask of {mask.n} x {mask.m} for {n} queries, {k.shape[1]} keys")
+    if context is not None:
+        context = jax.lax.stop_gradient(context)
+    tiles = (
+        tiles_lib.choose(generation, n, context.slots if context is not None else mask.m, d)
+        if tiles is None
+        else tiles
+    )
+    return _attention(q, k, v, context, key_lengths, mask, tiles, interpret)

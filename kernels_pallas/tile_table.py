@@ -1,0 +1,19 @@
+"""Written by `python -m tests.bench.search_tiles`: the fewest static cycles a pair of tokens at head_dim 128.
+
+(generation, kernel): (block_q, block_k, chunk[, form]).
+"""
+
+TABLE = {
+    ("v5e", "bounded"): (2048, 1024, 512),
+    ("v5e", "lagged"): (1024, 1024, 1024),
+    ("v5e", "backward"): (1024, 1024, 512, "rows"),
+    ("v5p", "bounded"): (2048, 1024, 512),
+    ("v5p", "lagged"): (1024, 1024, 1024),
+    ("v5p", "backward"): (1024, 1024, 512, "rows"),
+    ("v6e", "bounded"): (2048, 1024, 512),
+    ("v6e", "lagged"): (1024, 1024, 1024),
+    ("v6e", "backward"): (1024, 1024, 512, "columns"),
+    ("tpu7x", "bounded"): (2048, 1024, 512),
+    ("tpu7x", "lagged"): (1024, 1024, 1024),
+    ("tpu7x", "backward"): (1024, 1024, 512, "columns"),
+}
