@@ -13,6 +13,7 @@ The tables are functions `table(config) -> list[Entry]` in `names_*.py`.
 """
 
 import dataclasses
+import functools
 from collections.abc import Iterable, Iterator, Mapping
 
 import jax
@@ -73,9 +74,16 @@ class Entry:
 
     def published_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """Shape of each published tensor, from the shape of one layer of ours; nothing is allocated."""
-        ours = jax.ShapeDtypeStruct(shape, jnp.float32)
-        joined = jax.eval_shape(lambda x: rearrange(x, self._reverse, **dict(self.sizes)), ours).shape
+        joined = _rearranged_shape(self._reverse, self.sizes, tuple(shape))
         return joined if isinstance(self.published, str) else joined[1:]
+
+
+@functools.cache  # tables repeat a few shapes many times
+def _rearranged_shape(
+    pattern: str, sizes: tuple[tuple[str, int], ...], shape: tuple[int, ...]
+) -> tuple[int, ...]:
+    array = jax.ShapeDtypeStruct(shape, jnp.float32)
+    return jax.eval_shape(lambda x: rearrange(x, pattern, **dict(sizes)), array).shape
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,7 +8,7 @@ import dataclasses
 import json
 import pathlib
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax.numpy as jnp
 import ml_dtypes
@@ -42,6 +42,7 @@ class Tensor:
         return int(np.prod(self.shape)) * self.dtype.itemsize
 
 
+@runtime_checkable
 class Source(Protocol):
     """Attributes:
     name: where it comes from, for messages. tensors: what there is.

@@ -13,7 +13,7 @@ import math
 import pathlib
 import re
 from collections.abc import Sequence
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 import ftfy
 import jax
@@ -28,6 +28,7 @@ from lingbot_jax.config import ConfigError, require
 from lingbot_jax.models import params
 
 
+@runtime_checkable
 class TextEncoder(Protocol):
     """What the world model needs from a text encoder.
 

@@ -24,8 +24,10 @@ from lingbot_jax.models.vae_layers import (
     Middle,
     Opening,
     Residual,
+    Resized,
     RMSNorm,
     Upsample,
+    Wider,
 )
 
 # fmt: off
@@ -112,7 +114,7 @@ class Encoder(nnx.Module):
         cache["out"] = self.conv_out.stream(batch, height, width, dtype)
         return cache
 
-    def __call__(self, x: Frames, cache: Stream, opening: Opening) -> tuple[Frames, Stream]:
+    def __call__(self, x: Frames, cache: Stream, opening: Opening) -> tuple[Resized, Stream]:
         """One group of frames to the moments of one latent frame."""
         new = {"layers": []}
         x, new["in"] = self.conv_in(x, cache["in"], opening)
@@ -155,13 +157,13 @@ class Decoder(nnx.Module):
         cache["out"] = self.conv_out.stream(batch, height, width, dtype)
         return cache
 
-    def bottom(self, x: Frames, cache: Stream, opening: Opening) -> tuple[Frames, Stream]:
+    def bottom(self, x: Frames, cache: Stream, opening: Opening) -> tuple[Wider, Stream]:
         """The part at latent resolution."""
         x, conv_in = self.conv_in(x, cache["in"], opening)
         x, middle = self.middle(x, cache["middle"], opening)
         return x, {"in": conv_in, "middle": middle}
 
-    def __call__(self, x: Frames, cache: Stream, opening: Opening) -> tuple[Frames, Stream]:
+    def __call__(self, x: Frames, cache: Stream, opening: Opening) -> tuple[Resized, Stream]:
         """One latent frame to one group of frames."""
         x, new = self.bottom(x, cache, opening)
         new["layers"] = []
@@ -225,7 +227,8 @@ class WanVAE(nnx.Module):
         groups = video.reshape(video.shape[0], -1, group, *video.shape[2:]).astype(self.config.dtype)
 
         def step(cache, inputs):
-            moments, cache = self.encoder(*self._inputs(inputs, cache))
+            group, opening = inputs
+            moments, cache = self.encoder(group, cache, opening)
             return cache, moments[:, 0]
 
         stream, moments = jax.lax.scan(step, stream, self._scanned(groups, first))
@@ -248,7 +251,8 @@ class WanVAE(nnx.Module):
         raw = self.unmoments((latents * std + mean).astype(self.config.dtype))[:, :, None]
 
         def step(cache, inputs):
-            frames, cache = self.decoder(*self._inputs(inputs, cache))
+            latent, opening = inputs
+            frames, cache = self.decoder(latent, cache, opening)
             return cache, frames.astype(jnp.float32)
 
         stream, groups = jax.lax.scan(step, stream, self._scanned(raw, first))
@@ -263,7 +267,3 @@ class WanVAE(nnx.Module):
         """Scan inputs: groups, and the opening flag where there can be an opening."""
         leading = jnp.moveaxis(groups, 1, 0)
         return (leading, jnp.arange(len(leading)) == 0) if first else (leading, None)
-
-    def _inputs(self, inputs, cache: Stream):
-        frames, opening = inputs
-        return frames, cache, opening

@@ -10,6 +10,8 @@ as the last of a group of 4 whose other frames are filling, and `opening` (a sca
 exactly the zero padding the lone frame would see. So one program handles both kinds of call.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -20,6 +22,10 @@ from lingbot_jax.models import params
 
 Opening = Bool[Array, ""] | None
 Frames = Float[Array, "b t h w c"]
+Wider = Float[Array, "b t h w o"]  # the same frames with other channels
+Resized = Float[Array, "b u y x o"]  # other sizes and rates
+Past = Float[Array, "b 2 h w c"]  # what a causal convolution remembers of its input
+Caches = Any  # nested caches of several layers
 
 
 def without_filling(x: Frames, opening: Opening) -> Frames:
@@ -95,11 +101,11 @@ class CausalConv(nnx.Module):
         self.kernel = params.param(key, (3, window, window, inputs, outputs), axes, _conv_init)
         self.bias = params.param(key, (outputs,), (ax.OUTPUT,), params.zeros)
 
-    def stream(self, batch: int, height: int, width: int, dtype: jnp.dtype) -> Frames:
+    def stream(self, batch: int, height: int, width: int, dtype: jnp.dtype) -> Past:
         """The cache before the first frame: two frames of zeros."""
         return jnp.zeros((batch, 2, height, width, self.kernel.shape[-2]), dtype)
 
-    def __call__(self, x: Frames, cache: Frames, opening: Opening) -> tuple[Frames, Frames]:
+    def __call__(self, x: Frames, cache: Past, opening: Opening) -> tuple[Wider, Past]:
         frames = x.shape[1]
         seen = jnp.concatenate([cache, without_filling(x, opening)], axis=1)
         pad = (self.kernel.shape[1] - 1) // 2
@@ -120,11 +126,11 @@ class Residual(nnx.Module):
         if inputs != outputs:
             self.shortcut = Linear(inputs, outputs, keys[2])
 
-    def stream(self, batch: int, height: int, width: int, dtype: jnp.dtype) -> tuple[Frames, Frames]:
+    def stream(self, batch: int, height: int, width: int, dtype: jnp.dtype) -> Caches:
         size = (batch, height, width, dtype)
         return self.conv1.stream(*size), self.conv2.stream(*size)
 
-    def __call__(self, x: Frames, cache: tuple[Frames, Frames], opening: Opening):
+    def __call__(self, x: Frames, cache: Caches, opening: Opening) -> tuple[Wider, Caches]:
         y, cache1 = self.conv1(jax.nn.silu(self.norm1(x)), cache[0], opening)
         y, cache2 = self.conv2(jax.nn.silu(self.norm2(y)), cache[1], opening)
         return y + (self.shortcut(x) if hasattr(self, "shortcut") else x), (cache1, cache2)
@@ -157,11 +163,11 @@ class Middle(nnx.Module):
         self.attention = Attention(channels, keys[1])
         self.after = Residual(channels, channels, keys[2])
 
-    def stream(self, batch: int, height: int, width: int, dtype: jnp.dtype):
+    def stream(self, batch: int, height: int, width: int, dtype: jnp.dtype) -> Caches:
         size = (batch, height, width, dtype)
         return self.before.stream(*size), self.after.stream(*size)
 
-    def __call__(self, x: Frames, cache, opening: Opening):
+    def __call__(self, x: Frames, cache: Caches, opening: Opening) -> tuple[Frames, Caches]:
         x, before = self.before(x, cache[0], opening)
         x, after = self.after(self.attention(x), cache[1], opening)
         return x, (before, after)
@@ -176,12 +182,12 @@ class Downsample(nnx.Module):
         if time:
             self.time = CausalConv(channels, channels, keys[1], window=1)
 
-    def stream(self, batch: int, height: int, width: int, dtype: jnp.dtype):
+    def stream(self, batch: int, height: int, width: int, dtype: jnp.dtype) -> Caches:
         """Strided windows of 3 overlap by one frame only, so one frame is remembered."""
         size = (batch, height // 2, width // 2, dtype)
         return self.time.stream(*size)[:, :1] if hasattr(self, "time") else ()
 
-    def __call__(self, x: Frames, cache, opening: Opening):
+    def __call__(self, x: Frames, cache: Caches, opening: Opening) -> tuple[Resized, Caches]:
         x = self.space(x)
         if not hasattr(self, "time"):
             return x, cache
@@ -203,10 +209,10 @@ class Upsample(nnx.Module):
         if time:
             self.time = CausalConv(channels, 2 * channels, keys[1], window=1)
 
-    def stream(self, batch: int, height: int, width: int, dtype: jnp.dtype):
+    def stream(self, batch: int, height: int, width: int, dtype: jnp.dtype) -> Caches:
         return self.time.stream(batch, height, width, dtype) if hasattr(self, "time") else ()
 
-    def __call__(self, x: Frames, cache, opening: Opening):
+    def __call__(self, x: Frames, cache: Caches, opening: Opening) -> tuple[Resized, Caches]:
         if hasattr(self, "time"):
             batch, frames, height, width, channels = x.shape
             y, later = self.time(x, cache, opening)

@@ -1,0 +1,126 @@
+"""The Wan VAE: streams equal whole clips, memory does not grow, real sizes trace, wrong sizes are named."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lingbot_jax.config import ConfigError
+from lingbot_jax.models import params
+from lingbot_jax.models.codec import psnr
+from lingbot_jax.models.vae import VAEConfig, WanVAE
+
+TINY = VAEConfig(width=4, channels=4, mean=(0.1, -0.2, 0.3, 0.0), std=(1.5, 0.5, 1.0, 2.0))
+
+
+@pytest.fixture(scope="module")
+def vae() -> WanVAE:
+    return jax.jit(lambda: WanVAE(TINY, jax.random.key(0)))()
+
+
+@functools.partial(jax.jit, static_argnames="first")
+def decode_chunk(vae, latents, stream, first):
+    return vae.decode_chunk(latents, stream, first=first)
+
+
+@functools.partial(jax.jit, static_argnames="first")
+def encode_chunk(vae, video, stream, first):
+    return vae.encode_chunk(video, stream, first=first)
+
+
+def noise(seed: int, *shape: int) -> jax.Array:
+    return jax.random.normal(jax.random.key(seed), shape)
+
+
+def structure(tree):
+    return jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), tree)
+
+
+def test_streamed_decode_equals_whole_clip(vae):
+    latents = noise(1, 2, 6, 2, 3, 4)
+    stream = vae.init_stream(2, 2, 3)
+    before, parts = structure(stream), []
+    for start in range(0, 6, 2):
+        frames, stream = decode_chunk(vae, latents[:, start : start + 2], stream, first=start == 0)
+        parts.append(frames)
+        assert structure(stream) == before
+    assert [part.shape[1] for part in parts] == [5, 8, 8]
+    whole = jax.jit(WanVAE.decode)(vae, latents)
+    assert whole.shape == (2, 21, 16, 24, 3) and float(jnp.abs(whole).max()) <= 1
+    np.testing.assert_allclose(jnp.concatenate(parts, axis=1), whole, atol=1e-5)
+
+
+def test_streamed_encode_equals_whole_clip(vae):
+    video = jnp.tanh(noise(2, 2, 21, 16, 24, 3))
+    stream = vae.init_encode_stream(2, 16, 24)
+    before, parts = structure(stream), []
+    for start, end in ((0, 5), (5, 13), (13, 21)):
+        latents, stream = encode_chunk(vae, video[:, start:end], stream, first=start == 0)
+        parts.append(latents)
+        assert structure(stream) == before
+    assert [part.shape[1] for part in parts] == [2, 2, 2]
+    whole = jax.jit(WanVAE.encode)(vae, video)
+    assert whole.shape == (2, 6, 2, 3, 4) and float(whole.std()) > 0.01
+    np.testing.assert_allclose(jnp.concatenate(parts, axis=1), whole, atol=1e-5)
+    # Causal: what comes later does not change what came before.
+    changed = jax.jit(WanVAE.encode)(vae, video.at[:, 5:].set(0.0))
+    np.testing.assert_allclose(changed[:, :2], whole[:, :2], atol=1e-6)
+    assert float(jnp.abs(changed[:, 2] - whole[:, 2]).max()) > 1e-4
+
+
+def test_decode_memory_does_not_grow_with_length(vae):
+    """Temporary memory of a compiled whole-clip decode, beside the frames it returns."""
+
+    def temporaries(frames: int) -> tuple[int, int]:
+        latents = jax.ShapeDtypeStruct((1, frames, 8, 8, 4), jnp.float32)
+        memory = jax.jit(WanVAE.decode).lower(vae, latents).compile().memory_analysis()
+        return memory.temp_size_in_bytes, memory.output_size_in_bytes
+
+    short, long = temporaries(2), temporaries(16)
+    # Frames before and after clipping and the move of the batch axis are temporaries of the output's size.
+    growth = long[0] - short[0]
+    assert growth <= 3.2 * (long[1] - short[1]), (short, long)
+    # A stream gives its frames away: its step needs the same memory whatever came before.
+    stream = jax.eval_shape(lambda: vae.init_stream(1, 8, 8))
+    latents = jax.ShapeDtypeStruct((1, 1, 8, 8, 4), jnp.float32)
+    step = decode_chunk.lower(vae, latents, stream, first=False).compile().memory_analysis()
+    assert step.temp_size_in_bytes <= 1.2 * short[0]
+
+
+@pytest.mark.parametrize(("height", "width"), [(480, 832), (720, 1280), (832, 480), (1280, 720)])
+def test_published_size_traces(height, width):
+    config = VAEConfig(dtype="bfloat16")
+    model = params.abstract(lambda key: WanVAE(config, key))
+    assert params.count(model) == 126_892_531
+    video = jax.ShapeDtypeStruct((1, 81, height, width, 3), jnp.float32)
+    latents = jax.eval_shape(WanVAE.encode, model, video)
+    assert latents.shape == (1, 21, height // 8, width // 8, 16)
+    assert jax.eval_shape(WanVAE.decode, model, latents).shape == video.shape
+
+
+def test_untrained_round_trip_keeps_shapes_and_bfloat16_is_near(vae):
+    """bfloat16 compute against float32, both from the same parameters."""
+    latents = 0.5 * noise(3, 1, 3, 2, 3, 4)
+    low = jax.jit(lambda: WanVAE(VAEConfig(**{**vars(TINY), "dtype": "bfloat16"}), jax.random.key(0)))()
+    near = jax.jit(WanVAE.decode)(low, latents)
+    assert near.dtype == jnp.float32
+    assert float(psnr(near, jax.jit(WanVAE.decode)(vae, latents))) > 35
+
+
+def test_wrong_sizes_are_named(vae):
+    with pytest.raises(ConfigError, match="video height = 20: must be a multiple of 8"):
+        vae.init_encode_stream(1, 20, 16)
+    with pytest.raises(ConfigError, match=r"frames = 4: must be 4n \+ 1"):
+        jax.eval_shape(vae.encode, jax.ShapeDtypeStruct((1, 4, 16, 16, 3), jnp.float32))
+    with pytest.raises(ConfigError, match="frames = 3: must be a multiple of 4"):
+        stream = jax.eval_shape(lambda: vae.init_encode_stream(1, 16, 16))
+        video = jax.ShapeDtypeStruct((1, 3, 16, 16, 3), jnp.float32)
+        jax.eval_shape(functools.partial(vae.encode_chunk, first=False), video, stream)
+    with pytest.raises(ConfigError, match="vae.std = .* must be positive"):
+        VAEConfig(channels=1, mean=(0.0,), std=(0.0,))
+    with pytest.raises(ConfigError, match="vae.mean = .* needs 4 channels"):
+        VAEConfig(channels=4)
+    with pytest.raises(ConfigError, match="vae.time_strides"):
+        VAEConfig(mults=(1, 2))
