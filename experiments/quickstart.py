@@ -16,6 +16,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 
 import psutil
 from absl import flags
@@ -24,7 +25,7 @@ from rich.table import Table
 
 from experiments import common
 from experiments.common import UserError
-from lingbot_jax.data.loader import LoaderConfig, evaluation_batches
+from lingbot_jax.data.loader import evaluation_batches
 from lingbot_jax.data.video import write_image
 from lingbot_jax.evaluation.report import Report, plot_lines
 from lingbot_jax.training.checkpoints import load_config
@@ -38,54 +39,76 @@ flags.DEFINE_multi_string(
 )
 
 CONFIG = "experiments/configs/tiny.py"
-KEYS = "w-12,wl-16,w-8,j-12"  # of the showcase clip: 49 frames
+KEYS = "w-16,j-24,w-16,l-24,s-16"  # of the walk: 97 frames
 TARGETS = {"true_over_frozen": 2.0, "true_over_other": 1.5, "minutes": 12.0, "peak_rss_gib": 6.0}
 
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-    """One experiment: what it makes (`out`, a file or a folder), and the config fields that say where."""
+    """One experiment.
+
+    Attributes:
+      out: what it makes, a file or a folder. arguments: known once it is its turn.
+      flag: prefix of its fields on the command line. resumes: goes on with a half-made `out` by itself.
+    """
 
     name: str
     title: str
     experiment: str
     out: pathlib.Path
-    fields: dict[str, str]
+    arguments: Callable[[], list[str]]
+    flag: str = "--config."
+    resumes: bool = True
 
     def command(self, overrides: list[str]) -> list[str]:
-        config = [f"--config={CONFIG}:{self.name}"]
-        given = [f"--config.{name}={value}" for name, value in self.fields.items()]
-        return [sys.executable, "-m", f"experiments.{self.experiment}", *config, *given, *overrides]
+        return [sys.executable, "-m", f"experiments.{self.experiment}", *self.arguments(), *overrides]
 
 
 def stages(root: pathlib.Path) -> list[Stage]:
-    data, codec = root / "data", root / "codec.safetensors"
-    world, action, out = root / "world", root / "action", root / "evaluation"
-    paths = lambda **fields: {name.replace("__", "."): str(path) for name, path in fields.items()}
+    data, codec, world, action = root / "data", root / "codec.safetensors", root / "world", root / "action"
+    walk, out = root / "walk", root / "evaluation"
+
+    def config(name: str, **fields: pathlib.Path) -> Callable[[], list[str]]:
+        paths = [f"--config.{field.replace('__', '.')}={path}" for field, path in fields.items()]
+        return lambda: [f"--config={CONFIG}:{name}", *paths]
+
+    trained = {"codec": codec, "data__path": data}
     return [
-        Stage("collect", "Play the game", "collect", data, paths(out=data)),
-        Stage("codec", "Fit the latent codec", "prepare", codec, paths(out=codec, data__path=data)),
-        Stage(
-            "world",
-            "Train the world model",
-            "train",
-            world,
-            paths(run=world, codec=codec, data__path=data),
-        ),
+        Stage("collect", "Play the game", "collect", data, config("collect", out=data)),
+        Stage("codec", "Fit the latent codec", "prepare", codec, config("codec", out=codec, data__path=data)),
+        Stage("world", "Train the world model", "train", world, config("world", run=world, **trained)),
         Stage(
             "action",
             "Train the action adapters",
             "train",
             action,
-            paths(run=action, init=world, codec=codec, data__path=data),
+            config("action", run=action, init=world, **trained),
         ),
         Stage(
-            "evaluate",
-            "Measure held-out clips",
-            "evaluate",
-            out / "evaluation.json",
-            paths(run=action, out=out),
+            "walk", "Walk through an unseen map", "generate", walk, lambda: walk_arguments(root), "--", False
         ),
+        Stage("evaluate", "Measure held-out clips", "evaluate", out, config("evaluate", run=action, out=out)),
+    ]
+
+
+def walk_arguments(root: pathlib.Path) -> list[str]:
+    """A walk from the first frame of a held-out clip, in windows of the length that was trained."""
+    run = load_config(root / "action")
+    clip = next(evaluation_batches(dataclasses.replace(run.data, frames=1, batch=1)))
+    image = root / "first_frame.png"
+    write_image(image, clip["frames"][0, 0])
+    collected = json.loads((root / "data" / "dataset.json").read_text())["config"]
+    return [
+        f"--run={root / 'action'}",
+        f"--image={image}",
+        f"--prompt={clip[run.tasks.caption][0]}",
+        f"--keys={KEYS}",
+        f"--turn={collected['yaw']}",
+        "--intrinsics=" + ",".join(f"{v:g}" for v in clip["intrinsics"][0, 0]),
+        f"--clip_frames={run.data.frames}",
+        "--steps=12",
+        "--fps=8",
+        f"--out={root / 'walk'}",
     ]
 
 
@@ -141,55 +164,36 @@ def run_stage(stage: Stage, command: list[str], log: dict, path: pathlib.Path) -
         raise UserError(f"stage {stage.name} ended with code {code}; its message is above")
 
 
-def showcase(root: pathlib.Path) -> list[str]:
-    """Cuts the first frame of a held-out clip and returns the command that goes for a walk from it."""
-    run = load_config(root / "action")
-    batch = next(evaluation_batches(LoaderConfig(str(root / "data"), frames=1, batch=1)))
-    image = root / "first_frame.png"
-    write_image(image, batch["frames"][0, 0])
-    fx, fy, cx, cy = batch["intrinsics"][0, 0]
-    return [
-        sys.executable,
-        "-m",
-        "experiments.generate",
-        f"--run={root / 'action'}",
-        f"--image={image}",
-        f"--keys={KEYS}",
-        f"--prompt={batch[run.tasks.caption][0]}",
-        f"--out={root / 'walk'}",
-    ]
-
-
 def main() -> None:
     root, console = pathlib.Path(FLAGS.root), Console()
     if FLAGS.fresh and root.exists():
         shutil.rmtree(root)
     root.mkdir(parents=True, exist_ok=True)
     plan, log_path = stages(root), root / "stages.json"
-    names = {stage.name for stage in plan}
-    overrides: dict[str, list[str]] = {name: [] for name in names}
+    prefixes = {stage.name: stage.flag for stage in plan}
+    overrides: dict[str, list[str]] = {name: [] for name in prefixes}
     for item in FLAGS.set:
         name, _, field = item.partition(".")
-        if name not in names or "=" not in field:
-            raise UserError(
-                f"--set={item}: must be STAGE.FIELD=VALUE with a stage of {', '.join(sorted(names))}"
-            )
-        overrides[name].append(f"--config.{field}")
+        if name not in prefixes or "=" not in field:
+            raise UserError(f"--set={item}: must be STAGE.FIELD=VALUE with a stage of {', '.join(prefixes)}")
+        overrides[name].append(prefixes[name] + field)
 
     log = json.loads(log_path.read_text()) if log_path.exists() else {}
-    commands = {stage.name: stage.command(overrides[stage.name]) for stage in plan}
-    there = [stage.out.exists() and _ended(log.get(stage.name), commands[stage.name]) for stage in plan]
-    first = there.index(False) if False in there else len(plan)
+    done = lambda stage: (
+        stage.out.exists() and _ended(log.get(stage.name), stage.command(overrides[stage.name]))
+    )
+    first = next((i for i, stage in enumerate(plan) if not done(stage)), len(plan))
     table = Table("stage", "what", "state", title=f"lingbot_jax demo in {root}")
     for number, stage in enumerate(plan):
         table.add_row(stage.name, stage.title, "there" if number < first else "to do")
     console.print(table)
     for number, stage in enumerate(plan[first:], first):
-        if there[number] and stage.out.exists():  # made from what an earlier stage is about to replace
+        # Made from what an earlier stage has just replaced, or of no use half-made.
+        if stage.out.exists() and (number > first or not stage.resumes):
             shutil.rmtree(stage.out) if stage.out.is_dir() else stage.out.unlink()
-            del log[stage.name]
+            log.pop(stage.name, None)
         console.rule(f"{number + 1}/{len(plan)} {stage.title}")
-        run_stage(stage, commands[stage.name], log, log_path)
+        run_stage(stage, stage.command(overrides[stage.name]), log, log_path)
     metrics = write_report(root, plan, log)
     summary = Table("measure", "value", title=str(root / "report.html"))
     for name, value in metrics.items():
@@ -257,6 +261,12 @@ def write_report(root: pathlib.Path, plan: list[Stage], log: dict) -> dict:
             (f"{peak:.1f} GiB", "resident memory at most (target 6)", peak <= TARGETS["peak_rss_gib"]),
         ]
     )
+    report.heading("A walk through a map that was never seen")
+    report.text(
+        f"One given picture, then the keys {KEYS}: forward, a look to the left, forward, a look to the right, "
+        "and back. Each window of frames continues the last frames of the one before."
+    )
+    report.video("walk/video.mp4")
     report.heading("Held-out clips: truth, generated with the true keys, generated with another clip's keys")
     report.text(
         f"The maps of these {evaluation['clips']} clips were never trained on. Every generated clip starts from the "

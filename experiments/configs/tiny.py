@@ -29,7 +29,7 @@ def _model() -> dict:
         "ffn": 512,
         "freq_dim": 64,
         "text_dim": 64,
-        "text_len": 8,
+        "text_len": 32,
         "latent_channels": CHANNELS,
         "control": "cam_act",
         # A token is one latent pixel: warping the first frame is then a matter of where to look, not of
