@@ -174,7 +174,8 @@ def ragged(case: Case):
     yield "batch/context_emb", np.stack(context), case["batch/context_emb"], OUTPUT
 
     latents = channels_last(case["x0"])
-    timestep = jnp.full((1, latents.shape[1]), case["t_single"][0], jnp.float32)
+    own = case["x0"].shape[2] * case["x0"].shape[3] // np.prod(model.config.patch)
+    timestep = jnp.full((1, latents.shape[1], own), case["t_single"][0], jnp.float32)  # as compiled above
     found = taps(model, latents, timestep, condition_of(case, model.config, "0"))
     yield "single/out", channels_first(found["out"]), case["single/out"], OUTPUT
     golden = case["single/block0_out"]
