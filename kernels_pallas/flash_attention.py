@@ -85,11 +85,11 @@ def _attention_backward(mask, tiles, interpret, saved, g):
     if context is not None:
         k, v = (jnp.concatenate(x, axis=1) for x in ((context.keys, k), (context.values, v)))
         mask = _join(mask, slots)
-    dq, dk, dv = _backward_segments(q, k, v, out, lse, g, mask, tiles.backward, valid, interpret)
+    dq, dk, dv = backward_segments(q, k, v, out, lse, g, mask, tiles.backward, valid, interpret)
     return dq, dk[:, slots:], dv[:, slots:], None, None
 
 
-def _backward_segments(q, k, v, out, lse, g, mask, tiles, valid, interpret):
+def backward_segments(q, k, v, out, lse, g, mask, tiles, valid, interpret):
     """`flash_backward` on as many queries at a time as its VMEM accumulator of dq holds."""
     n, d = q.shape[1], q.shape[3]
     most = max(1, tiles.accumulator_bytes // (4 * d * tiles.block_q)) * tiles.block_q

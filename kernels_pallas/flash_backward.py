@@ -55,9 +55,9 @@ def _kernel(*refs, plan: Plan, tiles: BackwardTiles, heads: int, head_dim: int, 
     (steps,) = take(1)
     (valid,) = take(1, plan.limited)
     q_ref, k_ref, v_ref, g_ref, lse_ref, delta_ref = take(6)
+    q_t, g_t = take(2, tiles.form == "columns")
     (bounds_ref,) = take(1, plan.any_masked)
     dq_hbm, dk_ref, dv_ref, dq_t, dk, dv, k_t, dq_rows = take(8)
-    q_t, g_t = take(2, tiles.form == "columns")
     bh, i = pl.program_id(0), pl.program_id(1)
     sample, head = bh // heads, lax.rem(bh, heads)
     step = steps[lax.rem(sample, steps.shape[0]), i]
@@ -96,7 +96,6 @@ def _kernel(*refs, plan: Plan, tiles: BackwardTiles, heads: int, head_dim: int, 
             dq_t[row] += dot(k_t[:, span], ds, NN)
 
     def tile_columns(masked):
-        q_t[...], g_t[...] = _transpose(q_ref[0]), _transpose(g_ref[0])
         column = lambda ref: jnp.broadcast_to(ref[0], (8, tiles.block_q)).T[:, :1]
         lse, delta = column(lse_ref), column(delta_ref)
         if masked:
@@ -112,8 +111,8 @@ def _kernel(*refs, plan: Plan, tiles: BackwardTiles, heads: int, head_dim: int, 
                     seen &= valid_keys(valid, sample, keys, 4)
                 p, ds = jnp.where(seen, p, 0.0), jnp.where(seen, ds, 0.0)
             p, ds = p.astype(g_ref.dtype), ds.astype(q_ref.dtype)
-            dv[...] += dot(g_t[:, span], p, NN)
-            dk[...] += dot(q_t[:, span], ds, NN)
+            dv[...] += dot(g_t[0, :, span], p, NN)
+            dk[...] += dot(q_t[0, :, span], ds, NN)
             dq_t[row, :, span] += dot(k_t[...], ds, NT)
 
     tile = tile_columns if by_columns else tile_rows
@@ -181,6 +180,10 @@ def flash_backward(
     query_spec = block_spec(tiles.block_q, h, d, query_block)
     key_spec = block_spec(tiles.block_k, h, d, key_block)
     specs = [query_spec, key_spec, key_spec, query_spec, lane_spec, lane_spec]
+    if tiles.form == "columns":
+        # Transposed once here, not once a tile: the transpose unit is short of time in this form.
+        operands += [pad(x, 1).transpose(0, 2, 3, 1).reshape(b * h, d, padded) for x in (q, g)]
+        specs += [pl.BlockSpec((1, d, tiles.block_q), lambda bh, *s: (bh, 0, row_block(bh, *s)))] * 2
     if plan.any_masked:
         operands.append(pad(jnp.asarray(plan.bounds()), 1))
         specs.append(pl.BlockSpec((8, tiles.block_q), lambda bh, *s: (0, row_block(bh, *s))))
@@ -192,8 +195,6 @@ def flash_backward(
         vmem(keys, jnp.float32),
     ]
     scratch += [vmem((d, tiles.block_k), k.dtype), vmem((tiles.block_q, d), q.dtype)]
-    if tiles.form == "columns":
-        scratch += [vmem((d, tiles.block_q), q.dtype), vmem((d, tiles.block_q), g.dtype)]
     dq, dk, dv = pl.pallas_call(
         functools.partial(_kernel, plan=plan, tiles=tiles, heads=h, head_dim=d, scale=d**-0.5),
         grid_spec=pltpu.PrefetchScalarGridSpec(

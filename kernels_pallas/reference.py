@@ -49,9 +49,8 @@ def attention(
         k = jnp.concatenate([context.keys, k], axis=1)
         v = jnp.concatenate([context.values, v], axis=1)
     scores = jnp.einsum("bnhk,bmhk->bhnm", q, k, preferred_element_type=jnp.float32) / math.sqrt(q.shape[-1])
-    p = jnp.where(
-        seen[:, None], jnp.exp(scores - scores.max(-1, keepdims=True, where=seen[:, None], initial=NEVER)), 0
-    )
+    scores = jnp.where(seen[:, None], scores, -jnp.inf)
+    p = jnp.exp(scores - jax.lax.stop_gradient(jnp.maximum(scores.max(-1, keepdims=True), NEVER)))
     p = p / jnp.maximum(p.sum(-1, keepdims=True), jnp.finfo(p.dtype).tiny)
     return jnp.einsum("bhnm,bmhk->bnhk", p, v, preferred_element_type=jnp.float32).astype(q.dtype)
 

@@ -1,0 +1,220 @@
+"""The Pallas kernels in interpret mode against float64 NumPy: shapes, masks, gradients, hostile inputs."""
+
+import functools
+
+import hypothesis
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import strategies as st
+
+from kernels_pallas.cached_attention import cached_attention
+from kernels_pallas.context import Context, valid_slots
+from kernels_pallas.flash_attention import SCORE_LOG2, bounded_is_safe, flash_attention
+from kernels_pallas.flash_forward import LOG2_E, flash_forward
+from kernels_pallas.mask import Mask
+from kernels_pallas.steps import CLEAR, MASKED, Plan, key_block, query_block
+from kernels_pallas.tiles import BackwardTiles, ForwardTiles, Tiles
+from tests.kernels import oracle
+
+BF16 = jnp.bfloat16
+
+
+def tiles(form: str, accumulator: int = 1 << 24) -> Tiles:
+    forward = ForwardTiles(128, 256, 128)
+    backward = BackwardTiles(128 if form == "rows" else 256, 256, 128, form, accumulator)
+    return Tiles(forward, forward, backward)
+
+
+def normal(key, *shape):
+    return jax.random.normal(jax.random.key(key), shape).astype(BF16)
+
+
+def check(got, q, k, v, seen, g, names=("out", "dq", "dk", "dv")):
+    exact = oracle.attention(q, k, v, seen, g)
+    limits = oracle.bound(q, k, v, exact)
+    for name, x, want, limit in zip(names, got, exact, limits, strict=False):
+        error = np.abs(np.asarray(x, np.float64) - want).max()
+        assert error <= limit, f"{name}: error {error:.3g} above the bound {limit:.3g}"
+
+
+@hypothesis.given(
+    form=st.sampled_from(["rows", "columns"]),
+    head_dim=st.sampled_from([64, 128]),
+    n=st.integers(1, 400),
+    chunk=st.integers(30, 300),
+    kind=st.sampled_from(["full", "causal", "window", "lengths"]),
+    segments=st.booleans(),
+)
+@hypothesis.settings(max_examples=5, deadline=None, derandomize=True)
+@hypothesis.example(form="rows", head_dim=64, n=333, chunk=150, kind="lengths", segments=True)
+@hypothesis.example(form="columns", head_dim=128, n=300, chunk=100, kind="window", segments=False)
+def test_equals_float64(form, head_dim, n, chunk, kind, segments):
+    """Random lengths, chunks and windows, none a multiple of a tile; forward and gradients."""
+    batch, lengths = (2, jnp.array([n // 3, n])) if kind == "lengths" else (1, None)
+    mask = {
+        "full": Mask.full(n, n),
+        "lengths": Mask.full(n, n),
+        "causal": Mask.block_causal(n, chunk),
+        "window": Mask.block_causal(n, chunk, 2 * chunk + 20, 20),
+    }[kind]
+    q, k, v, g = (normal(i, batch, n, 1, head_dim) for i in range(4))
+
+    @jax.jit
+    def run(q, k, v, g, lengths):
+        attend = functools.partial(
+            flash_attention,
+            mask=mask,
+            generation="v6e",
+            key_lengths=lengths,
+            tiles=tiles(form, 1 if segments else 1 << 24),
+            interpret=True,
+        )
+        out, vjp = jax.vjp(attend, q, k, v)
+        return out, *vjp(g)
+
+    seen = np.repeat(mask.dense()[None], batch, 0)
+    if lengths is not None:
+        seen &= np.arange(n) < np.asarray(lengths)[:, None, None]
+    check(run(q, k, v, g, lengths), q, k, v, seen, g)
+
+
+def test_cached_equals_float64():
+    """Valid slots are data: one compilation, several fillings, and the gradient of what is the chunk's own."""
+    n, slots = 150, 600
+    q, k, v, g = (normal(i, 1, n, 1, 64) for i in range(4))
+    keys, values = normal(4, 1, slots, 1, 64), normal(5, 1, slots, 1, 64)
+
+    @jax.jit
+    def run(q, k, v, g, keys, values, valid):
+        context = Context(keys, values, valid)
+        attend = lambda *x: cached_attention(
+            *x, context, generation="v6e", tiles=tiles("columns"), interpret=True
+        )
+        out, vjp = jax.vjp(attend, q, k, v)
+        return out, *vjp(g)
+
+    for intervals in ([], [(0, 70), (550, 600), (200, 300)], [(0, 600)]):
+        hidden = np.ones(slots, bool)
+        for start, stop in intervals:
+            hidden[start:stop] = False
+        # What is not valid may be anything finite.
+        wild = [jnp.where(hidden[:, None, None], jnp.asarray(1e4, BF16), x) for x in (keys, values)]
+        out, dq, dk, dv = run(q, k, v, g, *wild, valid_slots(*intervals))
+        both = [jnp.concatenate([old, new], axis=1) for old, new in ((keys, k), (values, v))]
+        seen = np.concatenate([np.repeat(~hidden[None], n, 0), np.ones((n, n), bool)], axis=1)[None]
+        exact = oracle.attention(q, *both, seen, g)
+        exact = exact[0], exact[1], exact[2][:, slots:], exact[3][:, slots:]
+        for x, want, limit in zip((out, dq, dk, dv), exact, oracle.bound(q, *both, exact), strict=True):
+            assert np.abs(np.asarray(x, np.float64) - want).max() <= limit
+
+
+def hostile():
+    """name -> (q, k, v) of 128 queries and 640 keys, more than two tiles."""
+    q, k, v = normal(0, 1, 128, 1, 64), normal(1, 1, 640, 1, 64), normal(2, 1, 640, 1, 64)
+    ones = jnp.ones((1, 128, 1, 64), BF16)
+    late = jnp.arange(640)[None, :, None, None]
+    yield "a jump of 10^4 in the last tile", (ones, jnp.where(late < 600, k, 1250.0).astype(BF16), v)
+    yield "a fall of 10^4 after the first", (ones, jnp.where(late < 20, 1250.0, k).astype(BF16), v)
+    yield "one huge key", (q, jnp.where(late == 300, 3e4, k).astype(BF16), v)
+    yield "identical keys", (50 * q, jnp.broadcast_to(k[:, :1], k.shape), v)
+    yield "very negative scores", (ones, jnp.full_like(k, -1000.0), v)
+    yield "tiny values", (q, k, v * 1e-20)
+    yield "ordinary", (q, k, v)
+
+
+@pytest.fixture(scope="module")
+def attend():
+    @jax.jit
+    def run(q, k, v, lengths, g):
+        f = functools.partial(
+            flash_attention, generation="v6e", tiles=tiles("rows"), key_lengths=lengths, interpret=True
+        )
+        out, vjp = jax.vjp(f, q, k, v)
+        return bounded_is_safe(q, k, v), out, *vjp(g)
+
+    return run
+
+
+@pytest.mark.parametrize("length", [640, 1, 0])
+def test_hostile_inputs(attend, length):
+    """Never NaN or infinite, and within the bound; all keys but one masked, and all."""
+    g = normal(3, 1, 128, 1, 64)
+    for name, (q, k, v) in hostile():
+        safe, *got = attend(q, k, v, jnp.array([length]), g)
+        assert bool(safe) == (name == "ordinary"), name
+        assert all(np.isfinite(np.asarray(x, np.float32)).all() for x in got), name
+        seen = np.broadcast_to(np.arange(640) < length, (1, 128, 640))
+        exact = oracle.attention(q, k, v, seen, g)
+        error = np.abs(np.asarray(got[0], np.float64) - exact[0]).max()
+        assert error <= oracle.bound(q, k, v, exact)[0], (name, error)
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_bounded_form_holds_to_its_limit(sign):
+    """Scores at the very edge of what `bounded_is_safe` lets through, of either sign, are still within the bound."""
+    size = SCORE_LOG2 / LOG2_E * 64**0.5 / 64 * 0.99  # per channel: q of ones, k of this
+    q = jnp.ones((1, 128, 1, 64), BF16)
+    # All keys alike, so the exponentials keep their size through the sum, and one value stands out.
+    k = jnp.full((1, 512, 1, 64), sign * size, BF16)
+    v = normal(2, 1, 512, 1, 64)
+    assert bounded_is_safe(q, k, v) and not bounded_is_safe(q, 1.1 * k, v)
+    run = lambda *x: flash_forward(
+        *x, Mask.full(128, 512), ForwardTiles(128, 256, 128), form="bounded", interpret=True
+    )
+    out, lse = jax.jit(run)(q, k, v)
+    seen = np.ones((1, 128, 512), bool)
+    exact = oracle.attention(q, k, v, seen, jnp.zeros_like(q))
+    assert np.abs(np.asarray(out, np.float64) - exact[0]).max() <= oracle.bound(q, k, v, exact)[0]
+    score = float(np.asarray(k, np.float64)[0, 0, 0, 0]) * 8
+    np.testing.assert_allclose(lse, score + np.log(512), rtol=1e-5)
+
+
+def test_rms_normed_inputs_take_the_bounded_form():
+    """RMS-normed q and k with gains up to 2.2 each at head_dim 128 (a b = 4.84) are proved safe, larger ones not."""
+    unit = lambda key: (lambda x: x / jnp.sqrt(jnp.mean(x * x, -1, keepdims=True)))(
+        jax.random.normal(jax.random.key(key), (1, 64, 2, 128))
+    )
+    q, k, v = unit(0), unit(1), unit(2).astype(BF16)
+    assert bounded_is_safe((2.2 * q).astype(BF16), (2.2 * k).astype(BF16), v)
+    assert not bounded_is_safe((2.3 * q).astype(BF16), (2.3 * k).astype(BF16), v)
+    assert not bounded_is_safe(q.at[0, 0, 0, 0].set(jnp.nan).astype(BF16), k.astype(BF16), v)
+
+
+def test_hidden_tiles_are_no_steps():
+    """The grid has one step a visible tile, exactly those the dense mask says."""
+    mask = Mask.block_causal(1000, 170, 510, 40)
+    plan = Plan(mask, 128, 256)
+    steps = plan.static()
+    seen = np.zeros((8, 4), int)
+    seen[query_block(steps), key_block(steps)] = np.where(steps & CLEAR, 2, np.where(steps & MASKED, 1, 0))
+    dense = np.pad(mask.dense(), ((0, 24), (0, 24)))
+    tile = dense.reshape(8, 128, 4, 256).swapaxes(1, 2)
+    np.testing.assert_array_equal(seen > 0, tile.any((2, 3)))
+    np.testing.assert_array_equal(seen[:7] == 2, tile.all((2, 3))[:7])
+    assert len(steps) == (seen > 0).sum()
+
+
+def test_invalid_tiles_load_nothing():
+    """A step without a valid key computes nothing and names the key block loaded before it."""
+    plan = Plan(Mask.full(128, 128), 128, 128, slots=1280, limited=True)
+    context = Context(*(jnp.zeros((1, 1280, 1, 64)),) * 2, valid_slots((0, 200), (1000, 1024)))
+    steps = np.asarray(plan.dynamic(plan.valid(1, context, None)))[0]
+    kinds = steps & (CLEAR | MASKED)
+    np.testing.assert_array_equal(kinds, [CLEAR, MASKED, 0, 0, 0, 0, 0, MASKED, 0, 0, MASKED])
+    np.testing.assert_array_equal(key_block(steps), [0, 1, 1, 1, 1, 1, 1, 7, 7, 7, 10])
+
+
+@pytest.mark.parametrize(
+    ("shapes", "words"),
+    [
+        (((1, 8, 2, 64), (1, 8, 1, 64)), "must agree"),
+        (((1, 8, 2, 32), (1, 8, 2, 32)), "head_dim = 32"),
+        (((1, 8, 2, 64), (1, 9, 2, 64)), "mask of 8 x 8"),
+    ],
+)
+def test_refusals(shapes, words):
+    q, k = (jnp.zeros(s, BF16) for s in shapes)
+    with pytest.raises(ValueError, match=words):
+        flash_attention(q, k, k, Mask.full(8, 8), generation="v6e", interpret=True)
