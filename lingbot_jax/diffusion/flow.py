@@ -8,12 +8,14 @@ of the latent's shape.
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, PRNGKeyArray
+import numpy as np
+from jaxtyping import Float, PRNGKeyArray
 
+Array = jax.Array | np.ndarray  # host tables and device arrays go through the same formulas
 TIMESTEPS = 1000.0  # timestep = TIMESTEPS * sigma, the scale every published network was trained on
 
 
-def over(sigma: Float[Array, "..."], x: Float[Array, "..."]) -> Float[Array, "..."]:
+def over(sigma: Float[Array, "..."] | float, x: Float[Array, "..."]) -> Float[Array, "..."]:
     """Appends unit axes so that `sigma`, a prefix of x's shape (`b`, `b t`), broadcasts over `x`."""
     sigma = jnp.asarray(sigma)
     if sigma.ndim > x.ndim or any(
@@ -23,12 +25,12 @@ def over(sigma: Float[Array, "..."], x: Float[Array, "..."]) -> Float[Array, "..
     return sigma.reshape(sigma.shape + (1,) * (x.ndim - sigma.ndim))
 
 
-def warp(u: Float[Array, "..."], shift: float) -> Float[Array, "..."]:
+def warp(u: Float[Array, "..."] | float, shift: float | jax.Array) -> Float[Array, "..."] | float:
     """The timestep shift s = shift u / (1 + (shift - 1) u): more noise for longer or larger videos."""
     return shift * u / (1.0 + (shift - 1.0) * u)
 
 
-def unwarp(sigma: Float[Array, "..."], shift: float) -> Float[Array, "..."]:
+def unwarp(sigma: Float[Array, "..."] | float, shift: float | jax.Array) -> Float[Array, "..."] | float:
     """The inverse of `warp`."""
     return sigma / (shift - (shift - 1.0) * sigma)
 
@@ -36,8 +38,8 @@ def unwarp(sigma: Float[Array, "..."], shift: float) -> Float[Array, "..."]:
 def sample_sigma(
     key: PRNGKeyArray,
     shape: tuple[int, ...],
-    shift: float,
-    region: tuple[float, float] = (0.0, 1.0),
+    shift: float | jax.Array,
+    region: tuple[float | jax.Array, float | jax.Array] = (0.0, 1.0),
 ) -> Float[Array, "..."]:
     """Draws noise levels: u uniform, shifted, and conditioned on lying in `region` (sigma units).
 
@@ -59,7 +61,7 @@ def sample_sigma(
 
 
 def add_noise(
-    x0: Float[Array, "b t *rest"], noise: Float[Array, "b t *rest"], sigma: Float[Array, "..."]
+    x0: Float[Array, "b t *rest"], noise: Float[Array, "b t *rest"], sigma: Float[Array, "..."] | float
 ) -> Float[Array, "b t *rest"]:
     """x_s = (1 - s) x0 + s n."""
     s = over(sigma, x0)
@@ -72,14 +74,14 @@ def velocity_target(x0: Float[Array, "..."], noise: Float[Array, "..."]) -> Floa
 
 
 def x0_from_velocity(
-    x: Float[Array, "b t *rest"], velocity: Float[Array, "b t *rest"], sigma: Float[Array, "..."]
+    x: Float[Array, "b t *rest"], velocity: Float[Array, "b t *rest"], sigma: Float[Array, "..."] | float
 ) -> Float[Array, "b t *rest"]:
     """The clean latent that a velocity at noise level sigma implies: x0 = x_s - s v."""
     return x - over(sigma, x) * velocity
 
 
 def velocity_from_x0(
-    x: Float[Array, "b t *rest"], x0: Float[Array, "b t *rest"], sigma: Float[Array, "..."]
+    x: Float[Array, "b t *rest"], x0: Float[Array, "b t *rest"], sigma: Float[Array, "..."] | float
 ) -> Float[Array, "b t *rest"]:
     """The velocity that a clean-latent prediction at noise level sigma > 0 implies: v = (x_s - x0) / s."""
     return (x - x0) / over(sigma, x)

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, PRNGKeyArray, Shaped
+from jaxtyping import Array, Float, Int, Shaped
 
 from lingbot_jax.config import require
 from lingbot_jax.diffusion import guidance, solvers
@@ -74,7 +74,7 @@ def given_frames(
 def draw_noise(seed: int | Int[Array, ""], indices: Int[Array, "b"], shape: tuple[int, ...]) -> Latents:
     """Start noise, one key per sample: sample i is the same in every batch it is part of."""
     key = jax.random.key(seed)
-    draw: PRNGKeyArray = lambda i: jax.random.normal(jax.random.fold_in(key, i), shape)
+    draw = lambda i: jax.random.normal(jax.random.fold_in(key, i), shape)
     return jax.vmap(draw)(indices)
 
 

@@ -121,8 +121,8 @@ def test_fast_mode_takes_events_and_repeats_itself(folder, capsys):
     np.testing.assert_array_equal(read(folder / "fast2" / "video.mp4"), video)
     quiet = [a for a in args if not a.startswith(("--events", "--out"))]
     call([*quiet, f"--out={folder / 'quiet'}"])
-    other = read(folder / "quiet" / "video.mp4")
-    assert (other[:5] == video[:5]).all() and (other[5:] != video[5:]).any()  # snow from frame 5 on
+    changed = np.abs(read(folder / "quiet" / "video.mp4").astype(int) - video)
+    assert changed[:5].mean() < changed[5:].mean() / 5  # snow from frame 5 on; H.264 looks ahead a little
 
 
 BAD = {

@@ -148,15 +148,15 @@ def test_text_switches_blends_and_returns():
     hall, night, bird = (text().encode([p]) for p in ("a hall", "night", "night a bird"))
     np.testing.assert_array_equal(session.walk.tokens(), hall)
     session.say("night", chunks=1)
-    np.testing.assert_allclose(session.walk.tokens(), (hall + night) / 2)
+    np.testing.assert_allclose(session.walk.tokens(), (hall + night) / 2, atol=1e-6)
     session._state = dataclasses.replace(
         session._state, walk=dataclasses.replace(session.walk, chunk=session.walk.chunk + 1)
     )
-    np.testing.assert_allclose(session.walk.tokens(), night)
+    np.testing.assert_allclose(session.walk.tokens(), night, atol=1e-6)
     session.say("a bird", scope="local", chunks=1)
-    np.testing.assert_allclose(session.walk.tokens(), bird)
+    np.testing.assert_allclose(session.walk.tokens(), bird, atol=1e-6)
     later = dataclasses.replace(session.walk, chunk=session.walk.chunk + 1)
-    np.testing.assert_allclose(later.tokens(), night)
+    np.testing.assert_allclose(later.tokens(), night, atol=1e-6)
 
 
 def test_long_play_compiles_nothing_and_keeps_its_memory():
@@ -173,9 +173,10 @@ def test_long_play_compiles_nothing_and_keeps_its_memory():
     after = sum(x.nbytes for x in jax.live_arrays())
     assert not compiled
     assert after <= before * 1.001
+    held = sum(x.nbytes for x in jax.tree.leaves(session._state.play))
     session.close()
     gc.collect()
-    assert sum(x.nbytes for x in jax.live_arrays()) < before - 100_000  # the cache is gone
+    assert sum(x.nbytes for x in jax.live_arrays()) <= after - held  # the cache is gone
 
 
 def test_wrong_use_is_named():
