@@ -58,6 +58,7 @@ def _kernel(*refs, plan: Plan, tiles: BackwardTiles, heads: int, head_dim: int, 
     q_t, g_t = take(2, tiles.form == "columns")
     (bounds_ref,) = take(1, plan.any_masked)
     dq_hbm, dk_ref, dv_ref, dq_t, dk, dv, k_t, dq_rows = take(8)
+    (v_t,) = take(1, tiles.form == "columns")
     bh, i = pl.program_id(0), pl.program_id(1)
     sample, head = bh // heads, lax.rem(bh, heads)
     step = steps[lax.rem(sample, steps.shape[0]), i]
@@ -66,7 +67,11 @@ def _kernel(*refs, plan: Plan, tiles: BackwardTiles, heads: int, head_dim: int, 
 
     @pl.when(i == 0)
     def _():
-        dq_t[...] = jnp.zeros_like(dq_t)
+        def clear(j, _):
+            dq_t[j] = jnp.zeros(dq_t.shape[1:], dq_t.dtype)
+            return 0
+
+        lax.fori_loop(0, dq_t.shape[0], clear, 0)
 
     @pl.when(step & FIRST != 0)
     def _():
@@ -75,6 +80,8 @@ def _kernel(*refs, plan: Plan, tiles: BackwardTiles, heads: int, head_dim: int, 
         # Keys past the end of the array may be anything, and 0 * NaN is not 0.
         rows = at * tiles.block_k + lax.broadcasted_iota(jnp.int32, (tiles.block_k, 1), 0)
         k_t[...] = _transpose(jnp.where(rows < plan.mask.m, k_ref[0], 0))
+        if by_columns:
+            v_t[...] = _transpose(v_ref[0])
 
     def key_index(shape, axis, offset):
         return at * tiles.block_k + offset + lax.broadcasted_iota(jnp.int32, shape, axis)
@@ -103,8 +110,8 @@ def _kernel(*refs, plan: Plan, tiles: BackwardTiles, heads: int, head_dim: int, 
             keys = key_index((1, tiles.block_k), 1, 0)
         for c in range(tiles.block_q // tiles.chunk):
             span = slice(c * tiles.chunk, (c + 1) * tiles.chunk)
-            p = jnp.exp2(dot(q_ref[0, span], k_ref[0], NT) * (scale * LOG2_E) - lse[span])
-            ds = p * (dot(g_ref[0, span], v_ref[0], NT) - delta[span])
+            p = jnp.exp2(dot(q_ref[0, span], k_t[...], NN) * (scale * LOG2_E) - lse[span])
+            ds = p * (dot(g_ref[0, span], v_t[...], NN) - delta[span])
             if masked:
                 seen = visible_columns(bounds[span], keys.astype(jnp.float32), 3)
                 if plan.limited:
@@ -195,6 +202,8 @@ def flash_backward(
         vmem(keys, jnp.float32),
     ]
     scratch += [vmem((d, tiles.block_k), k.dtype), vmem((tiles.block_q, d), q.dtype)]
+    if tiles.form == "columns":
+        scratch.append(vmem((d, tiles.block_k), v.dtype))
     dq, dk, dv = pl.pallas_call(
         functools.partial(_kernel, plan=plan, tiles=tiles, heads=h, head_dim=d, scale=d**-0.5),
         grid_spec=pltpu.PrefetchScalarGridSpec(

@@ -12,8 +12,8 @@ TABLE = {
     ("v5p", "backward"): (1024, 1024, 512, "rows"),
     ("v6e", "bounded"): (2048, 1024, 512),
     ("v6e", "lagged"): (1024, 1024, 1024),
-    ("v6e", "backward"): (1024, 1024, 512, "columns"),
+    ("v6e", "backward"): (1024, 1024, 256, "columns"),
     ("tpu7x", "bounded"): (2048, 1024, 512),
     ("tpu7x", "lagged"): (1024, 1024, 1024),
-    ("tpu7x", "backward"): (1024, 1024, 512, "columns"),
+    ("tpu7x", "backward"): (1024, 1024, 256, "columns"),
 }
