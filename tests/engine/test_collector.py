@@ -130,6 +130,7 @@ def kill(collector: subprocess.Popen, names: tuple[str, ...], out: Path) -> None
         chosen = [psutil.Process(collector.pid), *(p for p in family if names and p.name().startswith(names))]
         for process in chosen:
             process.suspend()
+        time.sleep(0.3)  # an engine that was just told to leave is gone then
         if left_engines(out):
             break
         for process in chosen:
