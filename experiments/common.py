@@ -58,10 +58,13 @@ def _parse(argv: list[str]) -> list[str]:
 
 
 def run(main: Callable[[], None]) -> None:
-    """Runs `main()` under absl: flags parsed, user errors as one line and exit code 2."""
+    """Runs `main()` under absl: flags parsed; user errors as one line and exit code 2, Ctrl-C as 130."""
     logging.set_verbosity(logging.WARNING)
     try:
         app.run(lambda _: main(), flags_parser=_parse)
     except (UserError, ConfigError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on from the last thing that was saved", file=sys.stderr)
+        sys.exit(130)

@@ -18,7 +18,7 @@ from lingbot_jax.engine.collect.config import CollectConfig
 from lingbot_jax.training.config import TrainConfig
 
 ROOT = "runs/demo"
-CHANNELS = 32
+CHANNELS = 48
 
 
 def _model() -> dict:
@@ -45,7 +45,9 @@ def _data() -> dict:
 
 
 def _collect() -> ConfigDict:
-    return template(CollectConfig, {"out": f"{ROOT}/data", "clips": 1280, "held_out": 96})
+    return template(
+        CollectConfig, {"out": f"{ROOT}/data", "clips": 1280, "held_out": 96, "compression": "uncompressed"}
+    )
 
 
 def _codec() -> ConfigDict:
@@ -62,7 +64,7 @@ def _train(stage: str) -> ConfigDict:
         | {
             "run": f"{ROOT}/{stage}",
             "stage": stage,
-            "steps": {"world": 1400, "action": 200}[stage],
+            "steps": {"world": 900, "action": 100}[stage],
             "codec": f"{ROOT}/codec.safetensors",
             "model": _model(),
             "data": _data(),

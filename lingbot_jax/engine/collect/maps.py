@@ -33,7 +33,6 @@ WALLS = {
     "STARG1": "pale green panel",
     "SHAWN2": "silver metal",
     "A-TILE": "green tile",
-    "ZZWOLF1": "white cobblestone",
     "STARBR1": "terracotta",
     "GRAY7": "grey concrete",
     "WOOD10": "dark wood",
