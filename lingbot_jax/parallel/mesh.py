@@ -29,14 +29,17 @@ class MeshConfig:
 
     Attributes:
       data: replicas; with several slices a multiple of their number. fsdp, seq: see the module.
+      ulysses: devices of `seq` that exchange heads for tokens; the rest is a ring (`sequence`). -1: as many as
+        divide the heads.
     """
 
     data: int = 1
     fsdp: int = -1
     seq: int = 1
+    ulysses: int = -1
 
     def __post_init__(self):
-        for name in MESH_AXES:
+        for name in (*MESH_AXES, "ulysses"):
             size = getattr(self, name)
             require(size == -1 or size > 0, f"mesh.{name}", size, "must be positive, or -1 for the rest")
         require(self.sizes.count(-1) <= 1, "mesh", self.sizes, "only one axis may be -1")
@@ -58,7 +61,7 @@ class MeshConfig:
         require(
             devices % known == 0, "mesh", self.sizes, f"product {known} must divide the {devices} devices"
         )
-        return MeshConfig(*(devices // known if s == -1 else s for s in self.sizes))
+        return MeshConfig(*(devices // known if s == -1 else s for s in self.sizes), ulysses=self.ulysses)
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:

@@ -29,10 +29,13 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float
 
+from kernels_pallas import tiles
 from kernels_pallas.context import Context
+from kernels_pallas.flash_attention import backward_segments, flash_attention
+from kernels_pallas.flash_forward import flash_forward
 from kernels_pallas.mask import Mask, Rows
 from kernels_pallas.reference import blocked_attention
-from lingbot_jax.config import ConfigError, require
+from lingbot_jax.config import require
 from lingbot_jax.parallel.mesh import BATCH_AXES, SEQ
 from lingbot_jax.parallel.sharding import check_divides
 
@@ -159,20 +162,18 @@ class SequenceAttention:
 
     Attributes:
       mesh: with axes data, fsdp, seq.
-      heads, frame: attention heads, tokens a latent frame of the model, checked here and not in a step.
+      heads: of the model; checked here, before anything is compiled.
       local: what runs on one device.
       ulysses: devices in a Ulysses group; -1: as many as divide the heads.
     """
 
     mesh: Mesh
     heads: int
-    frame: int
     local: Local
     ulysses: int = -1
 
     def __post_init__(self):
         seq = self.mesh.shape[SEQ]
-        check_divides("tokens a latent frame", self.frame, (SEQ,), self.mesh)
         if self.ulysses == -1:
             object.__setattr__(self, "ulysses", math.gcd(self.heads, seq))
         require(
@@ -194,10 +195,6 @@ class SequenceAttention:
         """Devices in a ring."""
         return self.mesh.shape[SEQ] // self.ulysses
 
-    def local_mask(self, mask: Mask) -> Mask:
-        """The mask one device works on, in every step."""
-        return stripe(mask, self.frame, self.rings)
-
     def __call__(
         self,
         q: Float[Array, "b t s h k"],
@@ -214,14 +211,12 @@ class SequenceAttention:
             Ulysses works on, so a cache is never moved.
 
         Raises:
-          ConfigError: shapes that are not those announced, a mask with boundaries inside a frame, or a
-            context where there is a ring.
+          ConfigError: batch, tokens a frame or heads that do not divide, a mask with boundaries inside a frame,
+            or a context where there is a ring.
         """
         b, t, s, h, _ = q.shape
-        if (s, h) != (self.frame, self.heads):
-            raise ConfigError(
-                f"q {q.shape}: {s} tokens a frame and {h} heads, announced were {self.frame} and {self.heads}"
-            )
+        require(h == self.heads, "heads", h, f"the mesh was prepared for {self.heads}")
+        check_divides("tokens a latent frame", s, (SEQ,), self.mesh)
         check_divides("batch", b, BATCH_AXES, self.mesh)
         require(
             context is None or self.rings == 1,
@@ -229,7 +224,9 @@ class SequenceAttention:
             self.ulysses,
             f"must be all {self.mesh.shape[SEQ]} devices of the seq axis where attention reads a cache",
         )
-        mask = self.local_mask(Mask.full(t * s, t * s) if mask is None else mask)
+        mask = stripe(Mask.full(t * s, t * s) if mask is None else mask, s, self.rings)
+        if self.mesh.size == 1:
+            return self._per_device(mask, q, k, v, context)
         tokens = cached = PartitionSpec(BATCH_AXES, None, SEQ)  # third: a frame's tokens; a cache's heads
         cache = None if context is None else Context(cached, cached, PartitionSpec())
         return jax.shard_map(
@@ -297,3 +294,30 @@ def plain_backward(q, k, v, out, lse, d_out, mask: Mask):
 
 
 PLAIN = Local(blocked_attention, plain_forward, plain_backward)
+
+
+def flash_local(device: jax.Device) -> Local:
+    """The kernels for this kind of TPU."""
+    generation = tiles.generation(device)
+
+    def choose(q, k):
+        return tiles.choose(generation, q.shape[1], k.shape[1], q.shape[3])
+
+    def forward(q, k, v, mask: Mask):
+        # The lagged form is right for any input; a log-sum-exp that is merged has no bound known beforehand.
+        return flash_forward(q, k, v, mask, choose(q, k).lagged, form="lagged")
+
+    def backward(q, k, v, out, lse, d_out, mask: Mask):
+        return backward_segments(q, k, v, out, lse, d_out, mask, choose(q, k).backward, None, False)
+
+    return Local(functools.partial(flash_attention, generation=generation), forward, backward)
+
+
+def attention_kernel(mesh: Mesh, heads: int, ulysses: int = -1) -> SequenceAttention:
+    """The attention of a model with `heads` heads on this mesh: kernels on TPUs, plain JAX elsewhere.
+
+    Raises:
+      ConfigError: heads that do not divide over a Ulysses group.
+    """
+    device = mesh.devices.flat[0]
+    return SequenceAttention(mesh, heads, flash_local(device) if device.platform == "tpu" else PLAIN, ulysses)

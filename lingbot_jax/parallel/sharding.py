@@ -11,6 +11,7 @@ Model code calls `linear`, `gathered` and `constrain_tokens` unconditionally: th
 entered with `jax.set_mesh(mesh)`, and without one they do nothing. A module never holds a mesh.
 """
 
+import contextlib
 import math
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
@@ -109,6 +110,26 @@ def shardings(tree: T, mesh: Mesh, rules: Rules = PARAMETER_RULES) -> T:
     return jax.tree_util.tree_map_with_path(place, tree, is_leaf=lambda x: isinstance(x, nnx.Variable))
 
 
+def shardings_by_path(tree: T, axes: Mapping[str, tuple[str | None, ...]], mesh: Mesh) -> T:
+    """As `shardings` for trees that keep parameters in dictionaries by dotted path (the training state).
+
+    Args:
+      axes: logical axes by path (`params.logical_axes`). A leaf below a key of it is placed by these axes
+        where its rank is theirs; any other leaf is replicated.
+    """
+
+    def place(path, leaf):
+        names = [key.key for key in path if getattr(key, "key", None) in axes]
+        if not names or len(leaf.shape) != len(axes[names[-1]]):
+            return NamedSharding(mesh, PartitionSpec())
+        parts = spec(axes[names[-1]])
+        for size, mesh_axes in zip(leaf.shape, parts, strict=True):
+            check_divides(f"{names[-1]} {tuple(leaf.shape)}", size, mesh_axes or (), mesh)
+        return NamedSharding(mesh, parts)
+
+    return jax.tree_util.tree_map_with_path(place, tree)
+
+
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Leading dimension over `data` x `fsdp`; for every array of a batch.
 
@@ -125,14 +146,17 @@ def init_sharded(make: Callable[[jax.Array], T], mesh: Mesh, key: jax.Array) -> 
         return jax.jit(make, out_shardings=placed)(key)
 
 
-def specs_like(tree: Any, mesh: Mesh, rules: Rules = PARAMETER_RULES) -> Any:
-    """`tree` as ShapeDtypeStructs carrying their shardings: arguments of an ahead-of-time compilation, or
-    the template a checkpoint is restored onto."""
+def specs(tree: T, placed: T) -> T:
+    """Abstract `tree` carrying its shardings: arguments of an ahead-of-time compilation, or the template that
+    a checkpoint is restored onto."""
     return jax.tree.map(
-        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-        tree,
-        shardings(tree, mesh, rules),
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), tree, placed
     )
+
+
+def use(mesh: Mesh) -> contextlib.AbstractContextManager:
+    """Makes `mesh` the one that model code finds while it is traced; one device needs none."""
+    return jax.set_mesh(mesh) if mesh.size > 1 else contextlib.nullcontext()
 
 
 def _meshless() -> bool:

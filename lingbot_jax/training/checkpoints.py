@@ -14,10 +14,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
+from jax.sharding import Mesh
 
 from lingbot_jax.config import ConfigError, build
+from lingbot_jax.models import params
+from lingbot_jax.parallel import sharding
 from lingbot_jax.training.config import CheckpointConfig, TrainConfig
-from lingbot_jax.training.state import Arrays, TrainState, abstract_state
+from lingbot_jax.training.state import Arrays, TrainState, abstract_model, abstract_state
 
 _log = logging.getLogger(__name__)
 
@@ -84,8 +87,11 @@ class Checkpoints:
         self._manager.close()
 
 
-def load_ema(run: str | pathlib.Path) -> Arrays:
+def load_ema(run: str | pathlib.Path, mesh: Mesh | None = None) -> Arrays:
     """All parameters of a run, averaged where they were trained, from its newest checkpoint.
+
+    Args:
+      mesh: if given, every parameter is read into its place on it.
 
     Raises:
       ConfigError: no run or no checkpoint there.
@@ -93,6 +99,9 @@ def load_ema(run: str | pathlib.Path) -> Arrays:
     config = load_config(run)
     state = abstract_state(config)
     fields = {"ema": state.ema, "frozen": state.frozen}
+    if mesh is not None:
+        axes = params.logical_axes(abstract_model(config))
+        fields = sharding.specs(fields, sharding.shardings_by_path(fields, axes, mesh))
     checkpoints = Checkpoints(run, config.checkpoint)
     found = checkpoints.restore_fields(fields)
     checkpoints.close()

@@ -6,6 +6,7 @@ from typing import Literal
 from lingbot_jax.config import DiTConfig, require
 from lingbot_jax.data.loader import LoaderConfig
 from lingbot_jax.models.codec import CodecConfig
+from lingbot_jax.parallel.mesh import MeshConfig
 
 Stage = Literal["world", "action"]
 Expert = Literal["single", "high", "low"]
@@ -117,6 +118,7 @@ class TrainConfig:
       run: the run directory; running the same command again resumes it.
       stage: `world` trains every parameter; `action` the control adapters only (paper section 3.3.2).
       expert: which noise region is trained. init: a run directory whose EMA parameters start this run.
+      mesh: how the devices share the work; may change when a run is resumed.
       codec: path of the codec file. log_every: steps between lines in metrics.jsonl.
     """
 
@@ -134,6 +136,7 @@ class TrainConfig:
     flow: FlowConfig = FlowConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    mesh: MeshConfig = MeshConfig()
     log_every: int = 10
 
     def __post_init__(self):

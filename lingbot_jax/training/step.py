@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float
 
+from lingbot_jax.models.attention import Attend
 from lingbot_jax.models.dit import Condition
 from lingbot_jax.training.config import TrainConfig
 from lingbot_jax.training.objectives.world import world_loss
@@ -31,8 +32,10 @@ class Batch:
     condition: Condition
 
 
-def make_train_step(config: TrainConfig) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
-    """The step to be jitted with the state donated."""
+def make_train_step(
+    config: TrainConfig, attend: Attend
+) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+    """The step to be jitted with the state donated; under a mesh inside `sharding.use(mesh)`."""
     template = abstract_model(config)
     optimizer = make_optimizer(config.optimizer, config.steps)
     accumulate = config.optimizer.accumulate
@@ -48,6 +51,7 @@ def make_train_step(config: TrainConfig) -> Callable[[TrainState, Batch], tuple[
             flow=config.flow,
             tasks=config.tasks,
             region=region,
+            attend=attend,
         )
 
     gradient = jax.grad(loss, has_aux=True)
@@ -64,7 +68,8 @@ def make_train_step(config: TrainConfig) -> Callable[[TrainState, Batch], tuple[
                 out = gradient(state.trainable, state.frozen, part, jax.random.fold_in(key, i))
                 return jax.tree.map(lambda t, o: t + o / accumulate, total, out), None
 
-            parts = jax.tree.map(lambda x: x.reshape(accumulate, -1, *x.shape[1:]), batch)
+            # Every device splits its own samples: the leading axis of a batch is sharded.
+            parts = jax.tree.map(lambda x: x.reshape(-1, accumulate, *x.shape[1:]).swapaxes(0, 1), batch)
             zero = jax.eval_shape(
                 gradient, state.trainable, state.frozen, jax.tree.map(lambda x: x[0], parts), key
             )

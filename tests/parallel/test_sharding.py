@@ -59,8 +59,19 @@ def test_optimiser_moments_follow_their_parameters(wrap):
     assert counts and all(c == PartitionSpec() for c in counts)
 
 
+def test_dictionaries_by_path_are_placed_alike():
+    model = params.abstract(Model)
+    arrays = {path: leaf.get_value() for path, leaf in params.flat_params(model).items()}
+    state = jax.eval_shape(optax.adamw(1e-3).init, arrays)
+    placed = sharding.shardings_by_path((arrays, state), params.logical_axes(model), MESH)
+    specs = [s.spec for s in jax.tree.leaves(placed)]
+    assert sum(any(part == SPLIT for part in s) for s in specs) == 9  # parameters and two moments of each
+    assert sum(s == PartitionSpec() for s in specs) == len(specs) - 9 > 0
+
+
 def test_bytes_a_device():
-    model = sharding.specs_like(params.abstract(Model), MESH)
+    model = params.abstract(Model)
+    model = sharding.specs(model, sharding.shardings(model, MESH))
     assert sharding.count_bytes(model) == 4 * (3 * (16 * 24 + 16) + 16 * 5) // 8
 
 

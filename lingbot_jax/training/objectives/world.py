@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from lingbot_jax.diffusion.flow import TIMESTEPS, add_noise, sample_sigma, velocity_target
+from lingbot_jax.models.attention import Attend
 from lingbot_jax.models.dit import Condition, WorldDiT
 from lingbot_jax.training.config import FlowConfig, TaskConfig
 
@@ -39,6 +40,7 @@ def world_loss(
     flow: FlowConfig,
     tasks: TaskConfig,
     region: tuple[float, float],
+    attend: Attend,
 ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
     """E |v_theta(x_s, s, condition) - (n - x0)|^2 with s shifted and restricted to `region`.
 
@@ -50,7 +52,8 @@ def world_loss(
     sigma = sample_sigma(sigma_key, (batch, 1), flow.shift, region)
     noise = jax.random.normal(noise_key, latents.shape, latents.dtype)
     timestep = jnp.broadcast_to(TIMESTEPS * sigma, (batch, frames))
-    velocity = model(add_noise(latents, noise, sigma), timestep, drop_conditions(drop_key, condition, tasks))
+    condition = drop_conditions(drop_key, condition, tasks)
+    velocity = model(add_noise(latents, noise, sigma), timestep, condition, attend=attend)
     error = jnp.square(velocity - velocity_target(latents, noise)).mean(axis=(1, 2, 3, 4))
     loss = error.mean()
     # Loss by noise level: a model that ignores its condition shows in the high-noise part.

@@ -12,7 +12,7 @@ from kernels_pallas.mask import Mask
 from kernels_pallas.reference import attention
 from lingbot_jax.config import ConfigError
 from lingbot_jax.parallel.mesh import MeshConfig, make_mesh
-from lingbot_jax.parallel.sequence import PLAIN, SequenceAttention
+from lingbot_jax.parallel.sequence import PLAIN, SequenceAttention, stripe
 
 FRAMES, FRAME, HEADS, SIZE = 6, 16, 8, 8
 TOKENS = FRAMES * FRAME
@@ -62,7 +62,7 @@ def want(batch, mask):
 def test_equals_one_device(sizes, ulysses, mask):
     mesh = make_mesh(MeshConfig(*sizes))
     batch = sizes[0] * sizes[1]
-    parallel = SequenceAttention(mesh, HEADS, FRAME, PLAIN, ulysses)
+    parallel = SequenceAttention(mesh, HEADS, PLAIN, ulysses)
     (_, want_out), want_gradients = want(batch, mask)
     (_, out), gradients = with_gradients(lambda q, k, v: parallel(q, k, v, MASKS[mask]))(*arrays(batch))
     np.testing.assert_allclose(out, want_out, atol=2e-6)
@@ -73,8 +73,7 @@ def test_equals_one_device(sizes, ulysses, mask):
 def test_every_device_sees_the_striped_mask():
     """The mask of one ring step, against the global mask at the tokens the two devices really hold."""
     mask = MASKS["window_sink"]
-    parallel = SequenceAttention(make_mesh(MeshConfig(1, 1, 8)), HEADS, FRAME, PLAIN, 1)
-    local = parallel.local_mask(mask).dense()
+    local = stripe(mask, FRAME, 8).dense()
     index = np.arange(TOKENS).reshape(FRAMES, 8, FRAME // 8)
     for queries in range(8):
         for keys in range(8):
@@ -87,31 +86,32 @@ def test_a_cache_is_read_by_ulysses_and_refused_by_a_ring():
     slots = jax.random.normal(jax.random.key(5), (2, 1, 24, HEADS, SIZE))
     context = Context(*slots, valid_slots((0, 4), (10, 24)))
     mesh = make_mesh(MeshConfig(1, 1, 8))
-    got = jax.jit(SequenceAttention(mesh, HEADS, FRAME, PLAIN, 8))(q, k, v, None, context)
+    got = jax.jit(SequenceAttention(mesh, HEADS, PLAIN, 8))(q, k, v, None, context)
     flat = [x.reshape(1, TOKENS, HEADS, SIZE) for x in (q, k, v)]
     np.testing.assert_allclose(got, attention(*flat, context=context).reshape(q.shape), atol=2e-6)
     with pytest.raises(ConfigError, match="must be all 8 devices of the seq axis"):
-        SequenceAttention(mesh, HEADS, FRAME, PLAIN, 2)(q, k, v, None, context)
+        SequenceAttention(mesh, HEADS, PLAIN, 2)(q, k, v, None, context)
 
 
 def test_uneven_counts_are_refused_at_the_start():
     mesh = make_mesh(MeshConfig(1, 1, 8))
     with pytest.raises(ConfigError, match="tokens a latent frame: 12 does not divide over seq = 8"):
-        SequenceAttention(mesh, HEADS, 12, PLAIN)
+        parallel = SequenceAttention(mesh, HEADS, PLAIN)
+        jax.eval_shape(lambda x: parallel(x, x, x, None), jnp.zeros((1, 6, 12, 8, 8)))
     with pytest.raises(ConfigError, match="heads = 12: must divide over a Ulysses group of 8 devices"):
-        SequenceAttention(mesh, 12, FRAME, PLAIN, 8)
+        SequenceAttention(mesh, 12, PLAIN, 8)
     with pytest.raises(ConfigError, match="ulysses = 3: must divide the 8 devices"):
-        SequenceAttention(mesh, 12, FRAME, PLAIN, 3)
-    assert SequenceAttention(mesh, 12, FRAME, PLAIN).ulysses == 4
+        SequenceAttention(mesh, 12, PLAIN, 3)
+    assert SequenceAttention(mesh, 12, PLAIN).ulysses == 4
     with pytest.raises(ConfigError, match="mask = 24: its boundaries must be multiples of the 16"):
-        parallel = SequenceAttention(mesh, HEADS, FRAME, PLAIN)
+        parallel = SequenceAttention(mesh, HEADS, PLAIN)
         jax.eval_shape(lambda x: parallel(x, x, x, Mask.block_causal(96, 24)), jnp.zeros((1, 6, 16, 8, 8)))
 
 
 def test_the_ring_overlaps_and_does_not_gather():
     """Compiled: keys and values travel by permutes, q by nothing, and no array of all tokens exists."""
     mesh = make_mesh(MeshConfig(1, 1, 8))
-    parallel = SequenceAttention(mesh, HEADS, FRAME, PLAIN, 1)
+    parallel = SequenceAttention(mesh, HEADS, PLAIN, 1)
     x = jax.ShapeDtypeStruct((1, FRAMES, FRAME, HEADS, SIZE), jnp.float32)
     text = jax.jit(lambda q, k, v: parallel(q, k, v, None)).lower(x, x, x).compile().as_text()
     assert "collective-permute" in text

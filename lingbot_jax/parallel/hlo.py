@@ -1,0 +1,323 @@
+"""Reads a compiled program: what it computes, moves and sends, per device and step.
+
+`compiled.cost_analysis()` counts a loop's body once; a training step is mostly loops over layers. Here the text
+of the optimised program is parsed, every computation is weighted by how often it runs, and each collective is
+traced to the mesh axes it spans.
+"""
+
+import collections
+import dataclasses
+import functools
+import math
+import re
+
+import numpy as np
+
+_BYTES = {"pred": 1, "s4": 0.5, "u4": 0.5, "s8": 1, "u8": 1, "f8e4m3fn": 1, "f8e5m2": 1, "bf16": 2, "f16": 2}
+_BYTES |= {"s16": 2, "u16": 2, "s32": 4, "u32": 4, "f32": 4, "s64": 8, "u64": 8, "f64": 8, "c64": 8}
+_SHAPE = re.compile(r"\b([a-z]+\d*\w*)\[([\d,]*)\](\{[^}]*\})?")
+_COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
+# Opcodes that name values or run other computations, and move nothing themselves.
+_FREE = {"parameter", "tuple", "get-tuple-element", "bitcast", "constant", "while", "conditional", "call"}
+_FREE |= {"after-all", "iota", "partition-id", "replica-id", "opt-barrier"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """dtype, dimensions, and whether the array lives in the chip's scratch memory instead of HBM."""
+
+    dtype: str
+    dims: tuple[int, ...]
+    scratch: bool
+
+    @property
+    def elements(self) -> int:
+        return math.prod(self.dims)
+
+    @property
+    def bytes(self) -> int:
+        return int(self.elements * _BYTES.get(self.dtype, 0))
+
+
+@dataclasses.dataclass(frozen=True)
+class Instruction:
+    """One line of a computation: `name = shapes opcode(arguments), rest`."""
+
+    name: str
+    opcode: str
+    shapes: tuple[Shape, ...]
+    arguments: str
+    rest: str
+
+    @functools.cached_property
+    def operands(self) -> tuple[str, ...]:
+        return tuple(re.findall(r"%([\w.\-]+)", self.arguments))
+
+    def attribute(self, name: str) -> str | None:
+        found = re.search(rf"\b{name}=%?([\w.\-]+)", self.rest)
+        return found and found[1]
+
+
+@dataclasses.dataclass(frozen=True)
+class Collective:
+    """A collective of one step.
+
+    Attributes:
+      kind: e.g. `all-gather`. axes: mesh axes it spans. shapes: of its results.
+      bytes: a device receives, all runs of a step together, if done in the fewest bytes (ring).
+      runs: times a step. op: the JAX operation it comes from.
+    """
+
+    kind: str
+    axes: tuple[str, ...]
+    shapes: tuple[Shape, ...]
+    bytes: float
+    runs: int
+    op: str
+
+
+def _closing(text: str, start: int) -> int:
+    depth = 0
+    for i in range(start, len(text)):
+        depth += (text[i] == "(") - (text[i] == ")")
+        if depth == 0:
+            return i
+    raise ValueError(f"unbalanced parentheses in {text[:80]!r}")
+
+
+def _shapes(text: str) -> tuple[Shape, ...]:
+    return tuple(
+        Shape(dtype, tuple(int(d) for d in dims.split(",") if d), "S(" in (layout or ""))
+        for dtype, dims, layout in _SHAPE.findall(text)
+    )
+
+
+def _instruction(line: str) -> Instruction | None:
+    head = re.match(r"\s*(?:ROOT )?%?([\w.\-]+) = ", line)
+    if not head:
+        return None
+    at = head.end()
+    end = _closing(line, at) + 1 if line[at] == "(" else line.index(" ", at)
+    opcode = re.match(r" *([\w\-]+)\(", line[end:])
+    if not opcode:
+        return None
+    start = end + opcode.end() - 1
+    stop = _closing(line, start)
+    return Instruction(head[1], opcode[1], _shapes(line[at:end]), line[start + 1 : stop], line[stop + 1 :])
+
+
+class Program:
+    """The optimised HLO text of one device's program."""
+
+    def __init__(self, text: str):
+        self.computations: dict[str, dict[str, Instruction]] = {}
+        self._entry = ""
+        current: dict[str, Instruction] = {}
+        for line in re.sub(r"/\*index=\d+\*/", "", text).splitlines():
+            header = re.match(r"(ENTRY )?%?([\w.\-]+) \(.*\{$", line)
+            if header and " = " not in line.split("(")[0]:
+                current = self.computations[header[2]] = {}
+                self._entry = header[2] if header[1] else self._entry
+            elif made := _instruction(line):
+                current[made.name] = made
+        if not self._entry:
+            raise ValueError("not an HLO module: no ENTRY computation")
+
+    def trips(self, loop: Instruction) -> int:
+        """Runs of a while loop's body: the constant its counter is compared with."""
+        found = re.search(r'known_trip_count[^}]*?"n":"(\d+)"', loop.rest)
+        if found:
+            return int(found[1])
+        condition = self.computations[loop.attribute("condition")]
+        for compare in condition.values():
+            if compare.opcode == "compare" and "direction=LT" in compare.rest:
+                for operand in compare.operands:
+                    literal = condition[operand]
+                    if literal.opcode == "constant":
+                        return int(literal.arguments)
+        raise ValueError(f"while loop {loop.name}: its number of runs is not a constant")
+
+    @functools.cached_property
+    def runs(self) -> dict[str, int]:
+        """How often each computation runs in a step."""
+        runs: collections.Counter[str] = collections.Counter()
+
+        def visit(name: str, times: int) -> None:
+            runs[name] += times
+            for made in self.computations[name].values():
+                if made.opcode == "while":
+                    visit(made.attribute("body"), times * self.trips(made))
+                elif made.opcode in ("fusion", "async-start", "call"):
+                    called = made.attribute("calls") or made.attribute("to_apply")
+                    if called in self.computations:
+                        visit(called, times)
+                elif made.opcode == "conditional":  # the costliest branch is not known: count the first
+                    branch = re.search(r"(?:branch_computations=\{|true_computation=)%?([\w.\-]+)", made.rest)
+                    visit(branch[1], times)
+
+        visit(self._entry, 1)
+        return dict(runs)
+
+    def matmul_flops(self) -> int:
+        """FLOPs of dots and convolutions (TPUs compile dots to convolutions); kernels are not in it."""
+        return sum(
+            times * _contraction_flops(made, self.computations[name])
+            for name, times in self.runs.items()
+            for made in self.computations[name].values()
+            if made.opcode in ("convolution", "dot")
+        )
+
+    def kernels(self) -> dict[str, int]:
+        """Runs of hand-written kernels (tpu_custom_call), by name without its number."""
+        found: collections.Counter[str] = collections.Counter()
+        for name, times in self.runs.items():
+            for made in self.computations[name].values():
+                if made.opcode == "custom-call" and 'custom_call_target="tpu_custom_call"' in made.rest:
+                    found[re.sub(r"[.\d]+$", "", made.name)] += times
+        return dict(found)
+
+    def hbm_bytes(self) -> int:
+        """Bytes read from and written to HBM, taking operands and results of every fused operation once.
+
+        An array that is stacked over the runs of its loop counts as one slice a run.
+        """
+        fused = {
+            m.attribute("calls")
+            for c in self.computations.values()
+            for m in c.values()
+            if m.opcode == "fusion"
+        }
+        bodies = {
+            made.attribute("body"): self.trips(made)
+            for name in self.runs
+            for made in self.computations[name].values()
+            if made.opcode == "while"
+        }
+        total = 0.0
+        for name, times in self.runs.items():
+            if name in fused:
+                continue
+            computation, trips = self.computations[name], bodies.get(name, 1)
+
+            def size(shape: Shape, trips=trips) -> float:
+                stacked = trips > 1 and len(shape.dims) > 1 and shape.dims[0] == trips
+                return 0.0 if shape.scratch else shape.bytes / (trips if stacked else 1)
+
+            for made in computation.values():
+                if made.opcode in _FREE or made.opcode.endswith("-done"):
+                    continue
+                results = sum(size(s) for s in made.shapes)
+                if made.opcode in ("dynamic-slice", "slice", "gather"):
+                    total += times * 2 * results
+                    continue
+                inputs = sum(
+                    size(s) for o in made.operands if o in computation for s in computation[o].shapes
+                )
+                if made.opcode == "dynamic-update-slice":
+                    update = computation[made.operands[1]].shapes
+                    results, inputs = 0.0, 2 * sum(size(s) for s in update)
+                total += times * (results + inputs)
+        return int(total)
+
+    def stacked_bytes(self, layers: int, known: set[tuple[int, ...]]) -> int:
+        """Bytes that the forward loop over layers leaves for the backward loop.
+
+        Args:
+          layers: runs of the loop. known: shapes of stacked parameters, which the loop only reads.
+        """
+        sizes = [0]
+        for name in self.runs:
+            for made in self.computations[name].values():
+                if made.opcode == "while" and "transpose(" not in made.rest and self.trips(made) == layers:
+                    stacked = [s for s in made.shapes if len(s.dims) > 1 and s.dims[0] == layers]
+                    sizes.append(sum(s.bytes for s in stacked if s.dims not in known))
+        return max(sizes)
+
+    def collectives(self, mesh_shape: dict[str, int]) -> list[Collective]:
+        """Every collective, with the axes of the mesh (name -> size, outermost first) that it spans."""
+        found = []
+        for name, times in self.runs.items():
+            for made in self.computations[name].values():
+                kind = made.opcode.removesuffix("-start")
+                if kind not in _COLLECTIVES:
+                    continue
+                groups = replica_groups(made.rest)
+                axes = _axes(groups, mesh_shape)
+                shapes = made.shapes[-1:] if made.opcode.endswith("-start") else made.shapes
+                if kind == "all-reduce" and name.startswith("all-reduce-scatter"):
+                    kind = "reduce-scatter"
+                    shapes = tuple(
+                        Shape(s.dtype, (s.elements // groups.shape[1],), s.scratch) for s in shapes
+                    )
+                op = re.search(r'op_name="([^"]*)"', made.rest)
+                received = _received(kind, sum(s.bytes for s in shapes), groups.shape[1])
+                found.append(Collective(kind, axes, shapes, received * times, times, op[1] if op else ""))
+        return found
+
+
+def _received(kind: str, result: int, group: int) -> float:
+    """Bytes a device receives for a result of so many bytes, in the fewest-bytes algorithm."""
+    share = (group - 1) / group
+    return {
+        "all-gather": result * share,
+        "reduce-scatter": result * (group - 1),
+        "all-reduce": 2 * result * share,
+        "all-to-all": result * share,
+        "collective-permute": result,
+    }[kind]
+
+
+def _contraction_flops(made: Instruction, computation: dict[str, Instruction]) -> int:
+    """2 x results x contracted elements."""
+    results = sum(s.elements for s in made.shapes)
+    left, right = (computation[o].shapes[0] for o in made.operands[:2])
+    if made.opcode == "dot":
+        dims = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", made.rest)
+        return 2 * results * math.prod(left.dims[int(d)] for d in dims[1].split(",") if d)
+    labels = re.search(r"dim_labels=\w+_(\w+)->", made.rest)[1]
+    contracted = math.prod(d for d, label in zip(right.dims, labels, strict=True) if label != "o")
+    window = re.search(r"window=\{([^}]*)\}", made.rest)
+    if window and "lhs_dilate" in window[1]:  # a batch dimension written as a dilated window
+        sizes = re.search(r"size=([\dx]+)", window[1])[1].split("x")
+        dilated = re.search(r"lhs_dilate=([\dx]+)", window[1])[1].split("x")
+        for size, dilation in zip(sizes, dilated, strict=True):
+            contracted //= int(size) if int(dilation) > 1 else 1
+    return 2 * results * contracted
+
+
+def _iota(spec: str) -> np.ndarray:
+    """Flat ids of `[2,4]T(1,0)` or `[8]`: counted up in that shape, then transposed."""
+    dims = [int(d) for d in re.search(r"\[([\d,]+)\]", spec)[1].split(",")]
+    order = re.search(r"T\(([\d,]+)\)", spec)
+    ids = np.arange(math.prod(dims)).reshape(dims)
+    return (ids.transpose([int(d) for d in order[1].split(",")]) if order else ids).ravel()
+
+
+def replica_groups(attributes: str) -> np.ndarray:
+    """Int [groups members] from any of the three forms HLO prints, or from a permute's pairs (as one group)."""
+    if pairs := re.search(r"source_target_pairs=\{(\{.*?\})\}", attributes):
+        moved = np.array([[int(i) for i in p.split(",")] for p in re.findall(r"\{([\d,]+)\}", pairs[1])])
+        return moved[:, :2]
+    if listed := re.search(r"replica_groups=\{(\{.*?\})\}", attributes):
+        return np.array([[int(i) for i in g.split(",")] for g in re.findall(r"\{([\d,]+)\}", listed[1])])
+    if counted := re.search(r"replica_groups=\[([\d,]+)\]<=(\[[\d,]+\](?:T\([\d,]+\))?)", attributes):
+        return _iota(counted[2]).reshape([int(d) for d in counted[1].split(",")])
+    named = re.search(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(([^ ]*)\))? \{([^}]*)\}", attributes)
+    if not named:
+        raise ValueError(f"replica groups of an unknown form: {attributes[:160]!r}")
+    sizes = {axis: int(size) for axis, size in re.findall(r"'(\w+)'=(\d+)", named[1])}
+    count = math.prod(sizes.values())
+    ids = (_iota(named[2]) if named[2] else np.arange(count)).reshape(list(sizes.values()))
+    chosen = re.findall(r"'(\w+)'", named[3])
+    if re.search(r"\(\d+\)", named[3]):
+        raise ValueError(f"replica groups over a part of an axis are not read: {named[3]!r}")
+    last = [list(sizes).index(axis) for axis in chosen]
+    kept = [i for i in range(len(sizes)) if i not in last]
+    return ids.transpose(kept + last).reshape(-1, math.prod(sizes[a] for a in chosen))
+
+
+def _axes(groups: np.ndarray, mesh_shape: dict[str, int]) -> tuple[str, ...]:
+    """Names of the mesh axes along which members of a group differ."""
+    places = np.stack(np.unravel_index(groups, tuple(mesh_shape.values())))  # [axis group member]
+    varied = (places != places[:, :, :1]).any((1, 2))
+    return tuple(name for name, differs in zip(mesh_shape, varied, strict=True) if differs)

@@ -1,0 +1,108 @@
+"""A job of two real processes (jax.distributed, gloo): same losses as one, shared checkpoints, a lost peer."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from lingbot_jax.config import ConfigError
+from lingbot_jax.parallel import multihost
+from tests.training import micro
+
+STEPS = 40  # the learning rate depends on it: every run here has the same
+
+
+def start(folder, run: str) -> list[subprocess.Popen]:
+    """Both processes of a training run."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "experiments.train", "--config=experiments/configs/tiny.py:world"]
+    command += micro.overrides(folder, run, steps=STEPS, **{"checkpoint.every": 8})
+    command += ["--distributed", f"--coordinator=127.0.0.1:{port}", "--processes=2"]
+    return [
+        subprocess.Popen(
+            [*command, f"--process={i}"],
+            cwd=micro.ROOT,
+            env=os.environ | {"JAX_PLATFORMS": "cpu"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for i in range(2)
+    ]
+
+
+def finish(processes: list[subprocess.Popen]) -> None:
+    for process in processes:
+        _, errors = process.communicate(timeout=300)
+        assert process.returncode == 0, errors[-3000:]
+
+
+def alone(*arguments, devices: int = 1) -> str:
+    """Runs a program of `one_process`."""
+    flags = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.parallel.one_process", *map(str, arguments)],
+        cwd=micro.ROOT,
+        env=os.environ | flags,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Data, and a finished run `whole` of two processes."""
+    folder = tmp_path_factory.mktemp("two")
+    micro.make_data(folder)
+    finish(start(folder, "whole"))
+    return folder
+
+
+def test_losses_equal_one_process(folder):
+    alone("merged", folder, "whole")
+    two, one = micro.losses(folder, "whole"), micro.losses(folder, "whole-merged")
+    assert sorted(two) == list(range(1, STEPS + 1))
+    # Sums in another order drift apart slowly; the first steps show that data, noise and updates are the same.
+    np.testing.assert_allclose([two[s] for s in range(1, 11)], [one[s] for s in range(1, 11)], rtol=1e-5)
+    np.testing.assert_allclose(list(two.values()), list(one.values()), rtol=1e-3)
+
+
+def test_checkpoint_is_restored_on_one_and_on_four_devices(folder):
+    assert "restored" in alone("restore", folder, "whole", devices=4)
+
+
+def test_a_killed_process_ends_the_other_and_the_run_resumes(folder):
+    processes = start(folder, "killed")
+    metrics = folder / "killed" / "metrics.jsonl"
+    deadline = time.monotonic() + 240
+    while not metrics.exists() or metrics.read_text().count("\n") < 10:
+        assert time.monotonic() < deadline and processes[0].poll() is None, processes[0].communicate()[1]
+        time.sleep(0.05)
+    processes[1].send_signal(signal.SIGKILL)
+    began = time.monotonic()
+    _, errors = processes[0].communicate(timeout=90)
+    assert time.monotonic() - began < 60
+    assert processes[0].returncode == multihost.LOST, errors[-3000:]
+    assert "error: process 0 of 2: another process was lost" in errors
+    assert "run the same command again" in errors
+    processes[1].communicate()
+
+    finish(start(folder, "killed"))
+    assert micro.losses(folder, "killed") == micro.losses(folder, "whole")
+
+
+def test_wrong_numbers_are_refused():
+    with pytest.raises(ConfigError, match="give all three"):
+        multihost.initialize("127.0.0.1:1", 2, None)
+    with pytest.raises(ConfigError, match=r"process = 2: must be in 0..1"):
+        multihost.initialize("127.0.0.1:1", 2, 2)
