@@ -22,9 +22,9 @@ def bound(q, k, v, exact):
     """Largest allowed error of (out, dq, dk, dv) for bfloat16 inputs.
 
     The output: probabilities and result are rounded once each, 2^-9 of the largest value (docs of
-    flash_attention). Gradients: 2^-6 of the largest entry, and 2^-12 of what their terms may be where they cancel.
+    flash_attention). Gradients: 2^-6 of the largest entry. (A query with one visible key has a gradient of zero in
+    exact arithmetic; there the rounding of the output shows, as in any kernel with bfloat16 probabilities.)
     """
     size = [np.abs(np.asarray(x, np.float64)).max() for x in (q, k, v)]
-    terms = size[2] * max(size[0], size[1])
     out, *grads = exact
-    return [2**-8 * (size[2] + np.abs(out).max())] + [2**-6 * np.abs(x).max() + 2**-11 * terms for x in grads]
+    return [2**-8 * (size[2] + np.abs(out).max())] + [2**-6 * np.abs(x).max() for x in grads]
