@@ -28,7 +28,7 @@ class Chip:
     link: float
     torus: int
     attention: float
-    dcn: float = 3.1e9  # 200 Gbit/s a host of 8 chips or 100 Gbit/s of 4: scaling-book, "TPUs"
+    dcn: float = 3.1e9  # an assumption on the safe side: 100 Gbit/s for a host of four chips
 
 
 # Peaks and HBM: cloud.google.com/tpu/docs/{v5e,v5p,v6e,tpu7x}. One-way ICI bandwidth of a link: the tables of

@@ -5,14 +5,15 @@ import json
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 
 pytest.importorskip("libtpu", reason="no libtpu")
 
-from experiments.plan import describe, plan  # noqa: E402
+from experiments.plan import describe, plan, topology_devices  # noqa: E402
 from lingbot_jax.config import ConfigError, DiTConfig  # noqa: E402
 from lingbot_jax.data.loader import LoaderConfig  # noqa: E402
-from lingbot_jax.parallel.mesh import MeshConfig  # noqa: E402
+from lingbot_jax.parallel.mesh import MeshConfig, make_mesh  # noqa: E402
 from lingbot_jax.training.config import TrainConfig  # noqa: E402
 
 SMALL = TrainConfig(
@@ -65,6 +66,15 @@ def test_the_report_has_the_promised_fields(report):
     assert set(promised.split()) | {"collective_bytes"} <= set(json.loads(json.dumps(report)))
     assert 0 < report["mfu_without_overlap"] <= report["mfu"] < 1
     assert "chip-hours" in describe(report)
+
+
+def test_slices_are_joined_along_data_only():
+    mesh = make_mesh(MeshConfig(2, -1, 4), topology_devices("v5e:2x4", slices=2))
+    slices = np.vectorize(lambda device: device.slice_index)(mesh.devices)
+    assert dict(mesh.shape) == {"data": 2, "fsdp": 2, "seq": 4}
+    assert (slices == slices[:, :1, :1]).all() and len(set(slices[:, 0, 0])) == 2
+    with pytest.raises(ConfigError, match="mesh.data = 1: must be a multiple of 2 slices"):
+        make_mesh(MeshConfig(1, -1, 4), topology_devices("v5e:2x4", slices=2))
 
 
 def test_sizes_that_do_not_divide_are_one_line():
