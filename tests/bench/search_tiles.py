@@ -2,8 +2,8 @@
 
     python -m tests.bench.search_tiles
 
-A block has one size on all generations (so that one figure of FLOPs holds for a tile, `aot_cases.TILE_FLOPS`): the one with
-the smallest sum over generations of cycles over the best there. Chunk and form are each generation's own.
+A block has one size on all generations, so that one figure of FLOPs holds for a tile (`aot_cases.TILE_FLOPS`): the
+one with the smallest sum over generations of cycles over the best there. Chunk and form are each generation's own.
 """
 
 import itertools
@@ -19,7 +19,7 @@ from kernels_pallas.flash_backward import flash_backward
 from kernels_pallas.flash_forward import flash_forward
 from kernels_pallas.mask import Mask
 from kernels_pallas.steps import Plan
-from kernels_pallas.tiles import VMEM_MIB, BackwardTiles, ForwardTiles
+from kernels_pallas.tiles import BackwardTiles, ForwardTiles
 from tests.bench.static_cycles import TOPOLOGIES, CompileError, measure
 
 HEAD_DIM = 128
@@ -79,19 +79,23 @@ def cost(chip: str, kind: str, block: tuple[int, int], rest: tuple) -> float:
     return cycles
 
 
+def _best(costs: dict[tuple, float], chip: str, block: tuple[int, int]) -> tuple[float, tuple]:
+    """(cycles a pair, chunk and form) of the best candidate with this block."""
+    return min((v, rest) for (c, b, rest), v in costs.items() if (c, b) == (chip, block))
+
+
 def search() -> dict[tuple[str, str], tuple]:
     table = {}
     for kind, candidates in CANDIDATES.items():
-        costs = {
-            (chip, block, rest): cost(chip, kind, block, rest)
-            for chip in TOPOLOGIES
-            for block, rest in candidates
-        }
-        best = lambda chip, block: min((v, r) for (c, b, r), v in costs.items() if (c, b) == (chip, block))
+        costs = {(chip, *c): cost(chip, kind, *c) for chip in TOPOLOGIES for c in candidates}
         blocks = sorted({block for block, _ in candidates})
-        least = {chip: min(best(chip, block)[0] for block in blocks) for chip in TOPOLOGIES}
-        block = min(blocks, key=lambda b: sum(best(chip, b)[0] / least[chip] for chip in TOPOLOGIES))
-        table |= {(chip, kind): (*block, *best(chip, block)[1]) for chip in VMEM_MIB}
+
+        def loss(block, costs=costs, blocks=blocks):
+            least = {chip: min(_best(costs, chip, b)[0] for b in blocks) for chip in TOPOLOGIES}
+            return sum(_best(costs, chip, block)[0] / least[chip] for chip in TOPOLOGIES)
+
+        block = min(blocks, key=loss)
+        table |= {(chip, kind): (*block, *_best(costs, chip, block)[1]) for chip in TOPOLOGIES}
     return table
 
 
