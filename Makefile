@@ -28,7 +28,7 @@ demo: .venv/demo.stamp
 	$(RUN) -m experiments.quickstart $(ARGS)
 
 test: .venv/test.stamp
-	$(RUN) -m pytest -m "not parity" $(ARGS)
+	$(RUN) -m pytest -n 2 --dist loadfile -m "not parity" $(ARGS)
 
 test-parity: .venv/parity.stamp
 	$(RUN) -m pytest -m parity $(ARGS)

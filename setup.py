@@ -30,7 +30,7 @@ SERVE = ["av>=18", "pillow>=12"]
 EVAL = ["matplotlib>=3.10", "pillow>=12", "psutil>=7.2"]
 CONVERT = ["torch>=2.13", "diffusers>=0.38", "transformers>=5"]
 TEXT = ["ftfy>=6.3", "tokenizers>=0.22"]
-TEST = ["beartype>=0.22", "hypothesis>=6.150", "pytest>=9"]
+TEST = ["beartype>=0.22", "hypothesis>=6.150", "pytest>=9", "pytest-xdist>=3.8"]
 DEV = ["ruff>=0.15,<0.18"]
 
 setup(

@@ -25,6 +25,7 @@ from rich.table import Table
 
 from experiments import common
 from experiments.common import UserError
+from experiments.configs import tiny
 from lingbot_jax.data.loader import evaluation_batches
 from lingbot_jax.data.video import write_image
 from lingbot_jax.evaluation.report import Report, plot_lines
@@ -60,8 +61,17 @@ class Stage:
     flag: str = "--config."
     resumes: bool = True
 
+    def config(self) -> str | None:
+        """What the config file says of this stage, so that an edited file is noticed."""
+        return repr(tiny.get_config(self.name).to_dict()) if self.flag == "--config." else None
+
     def command(self, overrides: list[str]) -> list[str]:
         return [sys.executable, "-m", f"experiments.{self.experiment}", *self.arguments(), *overrides]
+
+    def ended(self, entry: dict | None, overrides: list[str]) -> bool:
+        """Whether the log says that this very stage, same command and same config, has ended."""
+        same = lambda: (entry["command"], entry["config"]) == (_shown(self.command(overrides)), self.config())
+        return bool(entry) and entry["done"] and same()
 
 
 def stages(root: pathlib.Path) -> list[Stage]:
@@ -155,6 +165,7 @@ def run_stage(stage: Stage, command: list[str], log: dict, path: pathlib.Path) -
         before = log.get(stage.name, {"seconds": 0.0, "peak_rss_gib": 0.0})
         log[stage.name] = {
             "command": shown,
+            "config": stage.config(),
             "done": code == 0,
             "seconds": before["seconds"] + time.monotonic() - began,
             "peak_rss_gib": max(before["peak_rss_gib"], memory.stop()),
@@ -179,9 +190,7 @@ def main() -> None:
         overrides[name].append(prefixes[name] + field)
 
     log = json.loads(log_path.read_text()) if log_path.exists() else {}
-    done = lambda stage: (
-        stage.out.exists() and _ended(log.get(stage.name), stage.command(overrides[stage.name]))
-    )
+    done = lambda stage: stage.out.exists() and stage.ended(log.get(stage.name), overrides[stage.name])
     first = next((i for i, stage in enumerate(plan) if not done(stage)), len(plan))
     table = Table("stage", "what", "state", title=f"lingbot_jax demo in {root}")
     for number, stage in enumerate(plan):
@@ -199,10 +208,6 @@ def main() -> None:
     for name, value in metrics.items():
         summary.add_row(name, f"{value:.2f}" if isinstance(value, float) else str(value))
     console.print(summary)
-
-
-def _ended(entry: dict | None, command: list[str]) -> bool:
-    return bool(entry) and entry["done"] and entry["command"] == _shown(command)
 
 
 def _shown(command: list[str]) -> str:
