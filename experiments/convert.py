@@ -52,6 +52,8 @@ def main() -> None:
     plans = write.plan(checkpoint, _DTYPE.value)
     for plan in plans:
         print(plan)
+    if checkpoint.others:
+        print(f"left out: {', '.join(checkpoint.others)}")
     total, stored = sum(p.parameters for p in plans), sum(p.nbytes for p in plans)
     print(f"total: {total / 1e9:.2f}B parameters, {stored / 1e9:.2f} GB to write")
     if _DRY_RUN.value:

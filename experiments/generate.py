@@ -70,6 +70,7 @@ flags.DEFINE_integer("blend", 0, "chunks over which a lasting event blends in (f
 flags.DEFINE_bool("reencode", False, "write the cached window again under the text of each event (fast)")
 flags.DEFINE_integer("seed", 0, "of the noise")
 flags.DEFINE_integer("fps", 16, "video frames a second, of the file and of --events")
+flags.DEFINE_integer("zoom", 1, "enlargement of the video file, for small worlds", lower_bound=1)
 flags.DEFINE_string("out", None, "folder to write; must not exist yet")
 
 BASE_ONLY = ("negative_prompt", "clip_frames", "overlap", "steps", "guidance", "solver")
@@ -329,7 +330,7 @@ def write_result(out: pathlib.Path, video: np.ndarray, path: Path, about: dict[s
     out.parent.mkdir(parents=True, exist_ok=True)
     partial = pathlib.Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
     try:
-        write_mp4(partial / "video.mp4", video, about["fps"])
+        write_mp4(partial / "video.mp4", video, about["fps"], scale=about["zoom"])
         np.save(partial / "poses.npy", path.c2w)
         np.save(partial / "keys.npy", path.keys)
         (partial / "generation.json").write_text(json.dumps(about, indent=2) + "\n")
@@ -405,6 +406,7 @@ def main() -> None:
         "height": height,
         "width": width,
         "fps": FLAGS.fps,
+        "zoom": FLAGS.zoom,
         "seconds": round(time.monotonic() - began, 2),
     }
     write_result(out, video, path, about)
