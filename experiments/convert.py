@@ -23,7 +23,7 @@ from lingbot_jax.convert import folders, write
 _SOURCE = flags.DEFINE_string(
     "source", None, "checkpoint folder (published or diffusers layout), or a bundle"
 )
-_OUT = flags.DEFINE_string("out", None, "folder to make")
+_OUT = flags.DEFINE_string("out", None, "folder to make", allow_override=True)  # generate has one too
 _TO = flags.DEFINE_enum("to", "bundle", ["bundle", "published"], "what to write")
 _DTYPE = flags.DEFINE_enum(
     "dtype", "bfloat16", ["bfloat16", "float32", "keep"], "of stored transformers and text encoder"

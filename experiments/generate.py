@@ -71,7 +71,7 @@ flags.DEFINE_bool("reencode", False, "write the cached window again under the te
 flags.DEFINE_integer("seed", 0, "of the noise")
 flags.DEFINE_integer("fps", 16, "video frames a second, of the file and of --events")
 flags.DEFINE_integer("zoom", 1, "enlargement of the video file, for small worlds", lower_bound=1)
-flags.DEFINE_string("out", None, "folder to write; must not exist yet")
+flags.DEFINE_string("out", None, "folder to write; must not exist yet", allow_override=True)
 
 BASE_ONLY = ("negative_prompt", "clip_frames", "overlap", "steps", "guidance", "solver")
 FAST_ONLY = ("chunk", "window", "sink", "events", "blend", "reencode")
