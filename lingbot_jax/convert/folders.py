@@ -65,11 +65,13 @@ class Network:
 class Checkpoint:
     """Attributes:
     networks: what was found. tokenizer: its file, if there is one. fast: one causal transformer.
+    others: folders with networks of other classes, which are left out.
     """
 
     networks: list[Network]
     tokenizer: pathlib.Path | None
     fast: bool
+    others: list[str]
 
 
 def parameter_shapes(config: NetworkConfig) -> dict[str, tuple[int, ...]]:
@@ -98,7 +100,7 @@ def find(
         raise ConfigError(f"source = {str(folder)!r}: no such folder")
     places = [folder, *sorted(p for p in folder.iterdir() if p.is_dir())]
     configs = {p: read_json(p / "config.json") for p in places if (p / "config.json").is_file()}
-    networks = []
+    networks, others = [], []
     for place, values in configs.items():
         kind = _class(values)
         if kind in READERS:
@@ -110,6 +112,8 @@ def find(
             )
         elif place is folder:
             raise ConfigError(f"{place}/config.json: _class_name = {kind!r}: known are {', '.join(READERS)}")
+        else:
+            others.append(f"{place.name} ({kind})")
     networks = _named(networks)
     for name, stem, config, table in (
         ("vae", VAE_FILE, vae or VAEConfig(), names_vae.published),
@@ -127,7 +131,7 @@ def find(
     fast = any(_class(v) == "WanModelFast" for v in configs.values()) or any(
         network.name == "world" for network in networks
     )
-    return Checkpoint(networks, tokenizer, fast)
+    return Checkpoint(networks, tokenizer, fast, others)
 
 
 def _class(values: Mapping[str, Any]) -> str:
@@ -195,6 +199,7 @@ def _wan(values: Mapping[str, Any], place: pathlib.Path, control: Control | None
     kind = fields.take("model_type", str)
     require(kind in ("i2v", "t2v"), f"{place}/config.json: model_type", kind, "must be 'i2v' or 't2v'")
     channels, inputs = fields.take("out_dim", int), fields.take("in_dim", int)
+    _check_channels(kind == "i2v", channels, inputs, f"{place}/config.json: in_dim")
     fields.fixed("window_size", [-1, -1])
     fields.fixed("qk_norm", True)
     fields.fixed("cross_attn_norm", True)
@@ -222,8 +227,13 @@ def _wan(values: Mapping[str, Any], place: pathlib.Path, control: Control | None
         eps=fields.take("eps", float, 1e-6),
     )
     fields.done()
-    require(config.in_channels == inputs, f"{place}/config.json: in_dim", inputs, f"{kind} needs {channels}")
     return EXPERTS.get(place.name, "world"), config, names_dit.dit_table(config)
+
+
+def _check_channels(conditioned: bool, latent: int, inputs: int, field: str) -> None:
+    """Inputs are the noisy latent, and for image-to-video a mask and a conditioning latent."""
+    allowed = f"must be more than 2 x {latent} for image-to-video" if conditioned else f"must be {latent}"
+    require(inputs > 2 * latent if conditioned else inputs == latent, field, inputs, allowed)
 
 
 def _has_control(place: pathlib.Path) -> bool:
@@ -243,6 +253,7 @@ def _diffusers_wan(values: Mapping[str, Any], place: pathlib.Path, control: Cont
         fields.fixed(name, None)
     fields.take("rope_max_seq_len", int, 1024)  # our tables are made for the positions in use
     conditioned = inputs != channels
+    _check_channels(conditioned, channels, inputs, f"{place}/config.json: in_channels")
     config = DiTConfig(
         dim=heads * head_dim,
         layers=fields.take("num_layers", int),

@@ -170,7 +170,11 @@ def test_diffusers_layout_is_told_by_its_class(tmp_path):
     (transformer / "config.json").write_text(json.dumps(dit_json))
     table = names_dit.diffusers_dit_table(plain)
     save_file(checkpoints.random_tensors(plain, table, 0, np.float32), transformer / "x.safetensors")
-    found = {n.name: n for n in folders.find(tmp_path).networks}
+    (tmp_path / "image_encoder").mkdir()
+    (tmp_path / "image_encoder" / "config.json").write_text('{"architectures": ["CLIPVisionModel"]}')
+    checkpoint = folders.find(tmp_path)
+    assert checkpoint.others == ["image_encoder (CLIPVisionModel)"]
+    found = {n.name: n for n in checkpoint.networks}
     assert found["high"].config == plain and found["vae"].config == VAE
     assert [len(p.specs) for p in write.plan(folders.find(tmp_path))]
 
@@ -185,6 +189,8 @@ def test_diffusers_layout_is_told_by_its_class(tmp_path):
         ({"guidance_embed": True}, r"config.json = \['guidance_embed'\]: fields that we do not know"),
         ({"control_type": None}, "control_type = None: choose with --control"),
         ({"num_heads": 5}, "model.heads = 5"),
+        ({"in_dim": 32}, "in_dim = 32: must be more than 2 x 16 for image-to-video"),
+        ({"model_type": "t2v"}, "in_dim = 36: must be 16"),
         ({"_class_name": "FluxModel"}, "no checkpoint there"),
     ],
 )
