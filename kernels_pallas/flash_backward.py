@@ -28,20 +28,12 @@ from kernels_pallas.flash_forward import (
     dot,
     heads_apart,
     heads_last,
-    valid_keys,
+    keep_rows,
+    key_bias,
     visible,
 )
 from kernels_pallas.steps import CLEAR, FIRST, LAST, MASKED, Plan, key_block, query_block
 from kernels_pallas.tiles import BackwardTiles
-
-
-def visible_columns(bounds: Array, keys: Array, intervals: int) -> Array:
-    """Bool [queries keys] from transposed `Plan.bounds`."""
-    inside = [
-        (keys >= bounds[:, 2 * i : 2 * i + 1]) & (keys < bounds[:, 2 * i + 1 : 2 * i + 2])
-        for i in range(intervals)
-    ]
-    return functools.reduce(lambda a, b: a | b, inside)
 
 
 def _transpose(x):
@@ -56,12 +48,13 @@ def _kernel(*refs, plan: Plan, tiles: BackwardTiles, heads: int, head_dim: int, 
     (valid,) = take(1, plan.limited)
     q_ref, k_ref, v_ref, g_ref, lse_ref, delta_ref = take(6)
     q_t, g_t = take(2, tiles.form == "columns")
-    (bounds_ref,) = take(1, plan.any_masked)
+    (bounds_ref,) = take(1, plan.intervals > 0)
     dq_hbm, dk_ref, dv_ref, dq_t, dk, dv, k_t, dq_rows = take(8)
     (v_t,) = take(1, tiles.form == "columns")
     bh, i = pl.program_id(0), pl.program_id(1)
     sample, head = bh // heads, lax.rem(bh, heads)
     step = steps[lax.rem(sample, steps.shape[0]), i]
+    valid_row = lax.rem(sample, valid.shape[0]) if plan.limited else 0
     at, row = key_block(step), query_block(step)
     by_columns = tiles.form == "columns"
 
@@ -77,28 +70,33 @@ def _kernel(*refs, plan: Plan, tiles: BackwardTiles, heads: int, head_dim: int, 
     def _():
         dk[...] = jnp.zeros_like(dk)
         dv[...] = jnp.zeros_like(dv)
-        # Keys past the end of the array may be anything, and 0 * NaN is not 0.
-        rows = at * tiles.block_k + lax.broadcasted_iota(jnp.int32, (tiles.block_k, 1), 0)
-        k_t[...] = _transpose(jnp.where(rows < plan.mask.m, k_ref[0], 0))
+        left = plan.mask.m - at * tiles.block_k
+        k_t[...] = _transpose(keep_rows(k_ref[0], left))
         if by_columns:
-            v_t[...] = _transpose(v_ref[0])
+            v_t[...] = _transpose(keep_rows(v_ref[0], left))
 
-    def key_index(shape, axis, offset):
-        return at * tiles.block_k + offset + lax.broadcasted_iota(jnp.int32, shape, axis)
+    def hide(s, bounds, keys, axis):
+        """-inf where hidden; keys lie along `axis` of the scores."""
+        if plan.limited or not plan.intervals:
+            s += key_bias(valid, valid_row, keys, plan)
+        if not plan.intervals:
+            return s
+        return jnp.where(visible(bounds, keys.astype(bounds.dtype), plan, axis), s, -jnp.inf)
 
     def tile_rows(masked):
-        for c in range(tiles.block_k // tiles.chunk):
-            span = slice(c * tiles.chunk, (c + 1) * tiles.chunk)
-            p = jnp.exp2(dot(k_ref[0, span], q_ref[0], NT) * (scale * LOG2_E) - lse_ref[0])
-            ds = p * (dot(v_ref[0, span], g_ref[0], NT) - delta_ref[0])
+        left = plan.mask.m - at * tiles.block_k
+        for offset in range(0, tiles.block_k, tiles.chunk):
+            span = slice(offset, offset + tiles.chunk)
+            k, v = k_ref[0, span], v_ref[0, span]
             if masked:
-                keys = key_index((tiles.chunk, 1), 0, c * tiles.chunk)
-                seen = visible(bounds_ref[...], keys, 3)
-                if plan.limited:
-                    seen &= valid_keys(valid, sample, keys, 4)
-                p, ds = jnp.where(seen, p, 0.0), jnp.where(seen, ds, 0.0)
-            p, ds = p.astype(g_ref.dtype), ds.astype(q_ref.dtype)
-            dv[span] += dot(p, g_ref[0], NN)
+                k, v = keep_rows(k, left - offset), keep_rows(v, left - offset)
+            s = dot(k, q_ref[0], NT) * (scale * LOG2_E)
+            if masked:
+                keys = at * tiles.block_k + offset + lax.broadcasted_iota(jnp.int32, (tiles.chunk, 1), 0)
+                s = hide(s, bounds_ref[...] if plan.intervals else None, keys, 0)
+            p = jnp.exp2(s - lse_ref[0])
+            ds = (p * (dot(v, g_ref[0], NT) - delta_ref[0])).astype(q_ref.dtype)
+            dv[span] += dot(p.astype(g_ref.dtype), g_ref[0], NN)
             dk[span] += dot(ds, q_ref[0], NN)
             dq_t[row] += dot(k_t[:, span], ds, NN)
 
@@ -106,19 +104,17 @@ def _kernel(*refs, plan: Plan, tiles: BackwardTiles, heads: int, head_dim: int, 
         column = lambda ref: jnp.broadcast_to(ref[0], (8, tiles.block_q)).T[:, :1]
         lse, delta = column(lse_ref), column(delta_ref)
         if masked:
-            bounds = bounds_ref[...].astype(jnp.float32).T  # exact: token counts are below 2^24
-            keys = key_index((1, tiles.block_k), 1, 0)
-        for c in range(tiles.block_q // tiles.chunk):
-            span = slice(c * tiles.chunk, (c + 1) * tiles.chunk)
-            p = jnp.exp2(dot(q_ref[0, span], k_t[...], NN) * (scale * LOG2_E) - lse[span])
-            ds = p * (dot(g_ref[0, span], v_t[...], NN) - delta[span])
+            # Transposed as float32, exact because token counts are below 2^24.
+            bounds = bounds_ref[...].astype(jnp.float32).T if plan.intervals else None
+            keys = at * tiles.block_k + lax.broadcasted_iota(jnp.int32, (1, tiles.block_k), 1)
+        for offset in range(0, tiles.block_q, tiles.chunk):
+            span = slice(offset, offset + tiles.chunk)
+            s = dot(q_ref[0, span], k_t[...], NN) * (scale * LOG2_E)
             if masked:
-                seen = visible_columns(bounds[span], keys.astype(jnp.float32), 3)
-                if plan.limited:
-                    seen &= valid_keys(valid, sample, keys, 4)
-                p, ds = jnp.where(seen, p, 0.0), jnp.where(seen, ds, 0.0)
-            p, ds = p.astype(g_ref.dtype), ds.astype(q_ref.dtype)
-            dv[...] += dot(g_t[0, :, span], p, NN)
+                s = hide(s, bounds[span] if plan.intervals else None, keys, 1)
+            p = jnp.exp2(s - lse[span])
+            ds = (p * (dot(g_ref[0, span], v_t[...], NN) - delta[span])).astype(q_ref.dtype)
+            dv[...] += dot(g_t[0, :, span], p.astype(g_ref.dtype), NN)
             dk[...] += dot(q_t[0, :, span], ds, NN)
             dq_t[row, :, span] += dot(k_t[...], ds, NT)
 
@@ -191,7 +187,7 @@ def flash_backward(
         # Transposed once here, not once a tile: the transpose unit is short of time in this form.
         operands += [pad(x, 1).transpose(0, 2, 3, 1).reshape(b * h, d, padded) for x in (q, g)]
         specs += [pl.BlockSpec((1, d, tiles.block_q), lambda bh, *s: (bh, 0, row_block(bh, *s)))] * 2
-    if plan.any_masked:
+    if plan.intervals:
         operands.append(pad(jnp.asarray(plan.bounds()), 1))
         specs.append(pl.BlockSpec((8, tiles.block_q), lambda bh, *s: (0, row_block(bh, *s))))
     prefetch = [plan.dynamic(valid), valid] if plan.limited else [jnp.asarray(plan.static())[None]]

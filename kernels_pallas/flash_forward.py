@@ -70,19 +70,30 @@ def block_spec(block: int, heads: int, head_dim: int, which) -> pl.BlockSpec:
     return pl.BlockSpec((1, block, head_dim), index)
 
 
-def visible(bounds: Array, keys: Array, intervals: int) -> Array:
-    """Bool [keys queries] from `Plan.bounds` of the queries."""
+def keep_rows(x: Array, count) -> Array:
+    """Zeros from row `count` on: what lies past the end of an array is anything, NaN too, and 0 * NaN is not 0."""
+    return jnp.where(lax.broadcasted_iota(jnp.int32, (x.shape[0], 1), 0) < count, x, 0)
+
+
+def visible(bounds: Array, keys: Array, plan: Plan, axis: int) -> Array:
+    """Bool [keys queries] from `Plan.bounds` (axis 0), or [queries keys] from its transpose (axis 1)."""
+    pick = lambda i: lax.slice_in_dim(bounds, i, i + 1, axis=axis)
     seen = None
-    for i in range(intervals):
-        inside = (keys >= bounds[2 * i : 2 * i + 1]) & (keys < bounds[2 * i + 1 : 2 * i + 2])
+    for i in range(plan.intervals):
+        inside = keys < pick(2 * i + 1)
+        if i > 0 or not plan.from_zero:
+            inside &= keys >= pick(2 * i)
         seen = inside if seen is None else seen | inside
     return seen
 
 
-def valid_keys(valid, sample, keys: Array, intervals: int) -> Array:
-    """Bool like keys, from the prefetched `Plan.valid`."""
-    inside = [(keys >= valid[sample, i, 0]) & (keys < valid[sample, i, 1]) for i in range(intervals)]
-    return functools.reduce(lambda a, b: a | b, inside)
+def key_bias(valid, sample, keys: Array, plan: Plan) -> Array:
+    """0 where a key exists and -inf where not, like keys: what hides a key from all queries is one addition."""
+    exists = keys < plan.own_start + plan.mask.m
+    if plan.limited:
+        inside = [(keys >= valid[sample, i, 0]) & (keys < valid[sample, i, 1]) for i in range(4)]
+        exists = functools.reduce(lambda a, b: a | b, inside)
+    return jnp.where(exists, 0.0, -jnp.inf)
 
 
 def _kernel(*refs, plan: Plan, tiles: ForwardTiles, heads: int, scale: float, form: Form):
@@ -92,13 +103,14 @@ def _kernel(*refs, plan: Plan, tiles: ForwardTiles, heads: int, scale: float, fo
     (valid,) = take(1, plan.limited)
     q_ref, k_ref, v_ref = take(3)
     old_k_ref, old_v_ref = take(2, plan.slots > 0)
-    (bounds_ref,) = take(1, plan.any_masked)
+    (bounds_ref,) = take(1, plan.intervals > 0)
     out_ref, lse_ref, values_t, acc, total = take(5)
     top, part, part_total, tile_top = take(4, form == "lagged")
     either_k, either_v = take(2, plan.slots > 0)
     bh, i = pl.program_id(0), pl.program_id(1)
     sample = bh // heads
     step = steps[lax.rem(sample, steps.shape[0]), i]
+    valid_row = lax.rem(sample, valid.shape[0]) if plan.limited else 0
     at = key_block(step)
     chunks = tiles.block_k // tiles.chunk
 
@@ -111,14 +123,21 @@ def _kernel(*refs, plan: Plan, tiles: ForwardTiles, heads: int, scale: float, fo
 
     def scores(k_ref, c, masked):
         """Log2 scores of one chunk of keys, -inf where hidden."""
-        s = dot(k_ref[0, c * tiles.chunk : (c + 1) * tiles.chunk], q_ref[0], NT) * (scale * LOG2_E)
+        keys_of = k_ref[0, c * tiles.chunk : (c + 1) * tiles.chunk]
         if not masked:
-            return s
-        keys = at * tiles.block_k + c * tiles.chunk + lax.broadcasted_iota(jnp.int32, (tiles.chunk, 1), 0)
-        seen = visible(bounds_ref[...], keys, 4 if plan.slots else 3)
-        if plan.limited:
-            seen &= valid_keys(valid, sample, keys, 4)
-        return jnp.where(seen, s, -jnp.inf)
+            return dot(keys_of, q_ref[0], NT) * (scale * LOG2_E)
+        offset = c * tiles.chunk
+        keys_of = keep_rows(keys_of, left_in_array() - offset)
+        s = dot(keys_of, q_ref[0], NT) * (scale * LOG2_E)
+        keys = at * tiles.block_k + offset + lax.broadcasted_iota(jnp.int32, (tiles.chunk, 1), 0)
+        if plan.limited or not plan.intervals:
+            # Bounds of the mask end inside the array; where there are none, its end is to be found here.
+            s += key_bias(valid, valid_row, keys, plan)
+        return jnp.where(visible(bounds_ref[...], keys, plan, 0), s, -jnp.inf) if plan.intervals else s
+
+    def left_in_array():
+        end = plan.own_start + plan.mask.m
+        return jnp.where(at < plan.context_blocks, plan.slots, end) - at * tiles.block_k
 
     def accumulate(k_ref, masked, into, into_total, offset=None, maximum=False):
         for c in range(chunks):
@@ -132,12 +151,7 @@ def _kernel(*refs, plan: Plan, tiles: ForwardTiles, heads: int, scale: float, fo
             into[...] += dot(values, p.astype(values.dtype), NN)
 
     def tile(k_ref, v_ref, masked):
-        values = v_ref[0]
-        if masked:
-            # What lies past the end of an array is anything, NaN too, and 0 * NaN is not 0.
-            end = plan.own_start + plan.mask.m
-            left = jnp.where(at < plan.context_blocks, plan.slots, end) - at * tiles.block_k
-            values = jnp.where(lax.broadcasted_iota(jnp.int32, (tiles.block_k, 1), 0) < left, values, 0)
+        values = keep_rows(v_ref[0], left_in_array()) if masked else v_ref[0]
         values_t[...] = values.astype(jnp.float32).T.astype(values_t.dtype)
         if form == "bounded":
             accumulate(k_ref, masked, acc, total)
@@ -153,7 +167,8 @@ def _kernel(*refs, plan: Plan, tiles: ForwardTiles, heads: int, scale: float, fo
         new = jnp.maximum(old, tile_top[...].max(0, keepdims=True))
         top[...] = new
         shrink = jnp.exp2(old - new)
-        jumped = jnp.max(new - old) > JUMP
+        # Not `> JUMP`: queries past the end of the array may be NaN, and must not hide another's jump.
+        jumped = jnp.logical_not(jnp.max(new - old) <= JUMP)
 
         @pl.when(jumped)
         def _():
@@ -249,7 +264,7 @@ def flash_forward(
     def row_index(bh, i, steps, *_):
         return 0, query_block(steps[lax.rem(bh // h, steps.shape[0]), i])
 
-    if plan.any_masked:
+    if plan.intervals:
         operands.append(jnp.asarray(plan.bounds()))
         specs.append(pl.BlockSpec((8, tiles.block_q), row_index))
     out, lse = pl.pallas_call(

@@ -38,7 +38,7 @@ class Rows(NamedTuple):
     keys: tuple[tuple[int, int], ...]
 
 
-def _union(intervals) -> tuple[tuple[int, int], ...]:
+def union(intervals) -> tuple[tuple[int, int], ...]:
     """Sorted, disjoint, non-empty; touching intervals become one."""
     out: list[tuple[int, int]] = []
     for start, stop in sorted((int(a), int(b)) for a, b in intervals if b > a):
@@ -70,7 +70,7 @@ class Mask:
                 raise ValueError(
                     f"Mask.rows: block [{start}, {stop}) must start at {at} and hold at least one query"
                 )
-            at, keys = stop, _union(keys)
+            at, keys = stop, union(keys)
             if len(keys) > MAX_INTERVALS:
                 raise ValueError(f"Mask.rows: {len(keys)} key intervals {keys}; at most {MAX_INTERVALS}")
             if keys and (keys[0][0] < 0 or keys[-1][1] > self.m):

@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Array, Int
 
 from kernels_pallas.context import Context
-from kernels_pallas.mask import FULL, MAX_INTERVALS, SKIP, Mask
+from kernels_pallas.mask import FULL, SKIP, Mask, Rows, union
 
 # CLEAR: all of the tile is visible; MASKED: some of it; neither: the step computes nothing.
 FIRST, LAST, CLEAR, MASKED = 1, 2, 4, 8
@@ -96,12 +96,28 @@ class Plan:
     def any_masked(self) -> bool:
         return self.limited or bool((self.static() & MASKED).any())
 
+    @property
+    def intervals(self) -> int:
+        """Key intervals a query needs compared: none where the mask itself hides no key."""
+        return 0 if self.mask.is_full else max(len(keys) for _, _, keys in self._joined())
+
+    @property
+    def from_zero(self) -> bool:
+        """Whether every first interval starts at key 0, so that one comparison does for it."""
+        return all(not keys or keys[0][0] == 0 for _, _, keys in self._joined())
+
+    def _joined(self) -> tuple[Rows, ...]:
+        """The mask's rows in joined coordinates, the context among their intervals."""
+        at = self.own_start
+        return tuple(
+            r._replace(keys=union(((0, at), *((a + at, b + at) for a, b in r.keys)))) for r in self.mask.rows
+        )
+
     def bounds(self) -> np.ndarray:
         """Int32 [8 n]: start and stop of up to four key intervals a query, joined coordinates."""
         out = np.zeros((self.mask.n, 4, 2), np.int32)
-        out[:, :MAX_INTERVALS] = self.mask.bounds() + self.own_start
-        if self.slots:
-            out[:, MAX_INTERVALS] = 0, self.own_start
+        for start, stop, keys in self._joined():
+            out[start:stop, : len(keys)] = np.array(keys).reshape(-1, 2)
         return np.ascontiguousarray(out.reshape(self.mask.n, 8).T)
 
     def valid(
