@@ -112,9 +112,9 @@ def test_recorded_poses_are_cut_to_4n1(folder, capsys):
 def test_fast_mode_takes_events_and_repeats_itself(folder, capsys, monkeypatch):
     raw = []  # the frames before H.264, which looks ahead
 
-    def recorded(path, frames, fps):
+    def recorded(path, frames, fps, scale):
         raw.append(frames)
-        write_mp4(path, frames, fps)
+        write_mp4(path, frames, fps, scale)
 
     monkeypatch.setattr("lingbot_jax.data.video.write_mp4", recorded)
     script = "0.3s: it snows; 0.8s+0.4s: a bird"
@@ -191,7 +191,7 @@ def test_huge_and_damaged_images(folder, monkeypatch):
 
 
 def test_a_failure_while_writing_leaves_nothing(folder, monkeypatch):
-    def broken(*_):
+    def broken(*_, **__):
         raise RuntimeError("disk full")
 
     monkeypatch.setattr("lingbot_jax.data.video.write_mp4", broken)
