@@ -1,6 +1,6 @@
-"""Written by `python -m tests.bench.search_tiles`: the fewest static cycles a pair of tokens at head_dim 128.
+"""Tiles with the fewest static cycles a pair of tokens, at head_dim 128, among those measured.
 
-(generation, kernel): (block_q, block_k, chunk[, form]).
+`python -m tests.bench.search_tiles` writes this file. (generation, kernel): (block_q, block_k, chunk[, form]).
 """
 
 TABLE = {
