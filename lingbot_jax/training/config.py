@@ -3,14 +3,13 @@
 import dataclasses
 from typing import Literal
 
-from lingbot_jax.config import ConfigError, DiTConfig, require
+from lingbot_jax.config import DiTConfig, require
 from lingbot_jax.data.loader import LoaderConfig
 from lingbot_jax.models.codec import CodecConfig
 from lingbot_jax.parallel.mesh import MeshConfig
 
 Stage = Literal["world", "action"]
-Expert = Literal["single", "high", "low", "both"]
-EXPERTS: tuple[Expert, ...] = ("high", "low")
+Expert = Literal["single", "high", "low"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,8 +52,8 @@ class TaskConfig:
 @dataclasses.dataclass(frozen=True)
 class FlowConfig:
     """Attributes:
-    shift: of the timestep distribution, in training and (unless the user says otherwise) in sampling.
-    boundary: noise level where the high-noise expert takes over; one field for training and sampling.
+    shift: of the timestep distribution (FACTS section 3); rises with duration. boundary: noise level where
+    the high-noise expert takes over; one field for training and sampling.
     """
 
     shift: float = 5.0
@@ -66,7 +65,7 @@ class FlowConfig:
 
     def region(self, expert: Expert) -> tuple[float, float]:
         """Noise levels that an expert is trained on."""
-        return {"high": (self.boundary, 1.0), "low": (0.0, self.boundary)}.get(expert, (0.0, 1.0))
+        return {"single": (0.0, 1.0), "high": (self.boundary, 1.0), "low": (0.0, self.boundary)}[expert]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,41 +111,15 @@ class CheckpointConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class Phase:
-    """A stretch of steps of the curriculum (`curriculum.py`); what it leaves out is the run's own.
-
-    Attributes:
-      until: the step after which it ends; it begins where the one before it ends.
-      frames, batch: of a window, and windows a process. path: data set, for phases that need longer clips.
-      size: height and width of the video. shift: of the timestep distribution; rises with duration.
-      accumulate: parts a batch is computed in. mesh: how the devices share the work; `seq` rises with frames.
-    """
-
-    until: int
-    frames: int | None = None
-    batch: int | None = None
-    path: str | None = None
-    size: tuple[int, int] | None = None
-    shift: float | None = None
-    accumulate: int | None = None
-    mesh: MeshConfig | None = None
-
-
-@dataclasses.dataclass(frozen=True)
 class TrainConfig:
     """One training run.
 
     Attributes:
       run: the run directory; running the same command again resumes it.
       stage: `world` trains every parameter; `action` the control adapters only (paper section 3.3.2).
-      codec: a codec file, or a converted bundle whose VAE and text encoder are used.
-      expert: which noise region is trained; `both` holds two experts and trains one at each step.
-      init: where parameters come from: a run directory (averaged parameters) or a converted bundle; for `both`
-        also two of them, "HIGH,LOW". Control adapters that it does not have start fresh.
-      size: height and width that the recorded video is scaled and cropped to; (0, 0): as recorded.
+      expert: which noise region is trained. init: a run directory whose EMA parameters start this run.
       mesh: how the devices share the work; may change when a run is resumed.
-      curriculum: phases by step; empty: one phase, of the fields above. log_every: steps between lines in
-        metrics.jsonl.
+      codec: path of the codec file. log_every: steps between lines in metrics.jsonl.
     """
 
     run: str
@@ -163,9 +136,7 @@ class TrainConfig:
     flow: FlowConfig = FlowConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
-    size: tuple[int, int] = (0, 0)
     mesh: MeshConfig = MeshConfig()
-    curriculum: tuple[Phase, ...] = ()
     log_every: int = 10
 
     def __post_init__(self):
@@ -183,60 +154,10 @@ class TrainConfig:
             self.model.control,
             "stage action trains the control adapters: choose cam, act or cam_act",
         )
-        pixels = self.model.spatial_stride * self.model.patch[1]
-        require(
-            self.size == (0, 0) or (min(self.size) > 0 and not any(s % pixels for s in self.size)),
-            "size",
-            self.size,
-            f"must be (0, 0), or multiples of {pixels} = model.spatial_stride x model.patch",
-        )
-        ends = [0, *(phase.until for phase in self.curriculum)]
-        require(
-            ends == sorted(set(ends)), "curriculum", tuple(ends[1:]), "until must rise from phase to phase"
-        )
-        require(
-            len(ends) == 1 or ends[-1] >= self.steps,
-            "curriculum",
-            tuple(ends[1:]),
-            f"the last until must reach steps = {self.steps}",
-        )
-        self.phases()
-
-    def phases(self) -> "tuple[TrainConfig, ...]":
-        """The run as each phase of its curriculum sees it: a run of that phase alone.
-
-        Raises:
-          ConfigError: a phase whose values do not fit each other or the run.
-        """
-        found = []
-        for index, phase in enumerate(self.curriculum):
-            say = lambda given, own: own if given is None else given
-            try:
-                data = dataclasses.replace(
-                    self.data,
-                    path=say(phase.path, self.data.path),
-                    frames=say(phase.frames, self.data.frames),
-                    batch=say(phase.batch, self.data.batch),
-                    seed=self.data.seed + index,  # every phase has an order of its own
-                )
-                accumulate = say(phase.accumulate, self.optimizer.accumulate)
-                made = dataclasses.replace(
-                    self,
-                    data=data,
-                    size=say(phase.size, self.size),
-                    flow=dataclasses.replace(self.flow, shift=say(phase.shift, self.flow.shift)),
-                    optimizer=dataclasses.replace(self.optimizer, accumulate=accumulate),
-                    mesh=say(phase.mesh, self.mesh),
-                    curriculum=(),
-                )
-            except ConfigError as error:
-                raise ConfigError(f"curriculum[{index}]: {error}") from None
-            found.append(made)
-        return tuple(found) or (self,)
 
     def check_codec(self, codec: CodecConfig) -> None:
         """Refuses a codec that does not fit the model or the windows. Raises ConfigError."""
-        model = self.model
+        model, frames = self.model, self.data.frames
         require(
             codec.channels == model.latent_channels,
             "model.latent_channels",
@@ -255,13 +176,11 @@ class TrainConfig:
             model.spatial_stride,
             f"the codec's spatial stride is {codec.stride[1:]}",
         )
-        for phase in self.phases():
-            frames = phase.data.frames
-            require(frames % codec.stride[0] == 1, "data.frames", frames, f"must be {codec.stride[0]}n + 1")
-            latent = codec.latent_frames(frames)
-            require(
-                self.tasks.max_given < latent,
-                "tasks.max_given",
-                self.tasks.max_given,
-                f"must leave something to predict of {latent} latent frames",
-            )
+        require(frames % codec.stride[0] == 1, "data.frames", frames, f"must be {codec.stride[0]}n + 1")
+        latent = codec.latent_frames(frames)
+        require(
+            self.tasks.max_given < latent,
+            "tasks.max_given",
+            self.tasks.max_given,
+            f"must leave something to predict of {latent} latent frames",
+        )
