@@ -5,13 +5,14 @@ import pathlib
 
 import jax
 
+from experiments.codecs import open_codec
 from lingbot_jax.config import ConfigError, DiTConfig
 from lingbot_jax.diffusion.guidance import Guidance
 from lingbot_jax.models import params
-from lingbot_jax.models.codec import Codec, load_linear
+from lingbot_jax.models.codec import Codec
 from lingbot_jax.models.dit import WorldDiT
 from lingbot_jax.models.experts import NoiseExperts
-from lingbot_jax.models.text import UMT5, HashedNgramEncoder, TextEncoder, UMT5Encoder, load_tokenizer
+from lingbot_jax.models.text import UMT5, TextEncoder, UMT5Encoder, load_tokenizer
 from lingbot_jax.models.vae import WanVAE
 from lingbot_jax.rollout.bidirectional import SampleConfig
 from lingbot_jax.rollout.causal import CausalConfig
@@ -54,10 +55,10 @@ def _open_run(run: str) -> World:
     """The averaged model of a run, sampled with the shift it was trained with, without guidance."""
     config = load_config(run)
     model = merge(abstract_model(config), load_ema(run))
-    text_encoder = HashedNgramEncoder(config.model.text_dim, config.model.text_len)
+    codec, text_encoder = open_codec(config)
     sample = SampleConfig(steps=20, shift=config.flow.shift, guidance=Guidance(1.0, 1.0))
     causal = CausalConfig(shift=config.flow.shift)
-    return World(model, load_linear(config.codec), text_encoder, config.pose, sample, causal)
+    return World(model, codec, text_encoder, config.pose, sample, causal)
 
 
 def _open_bundle(folder: pathlib.Path) -> World:

@@ -5,10 +5,13 @@ the checkpoint before it. A finished step whose files were damaged later is repo
 what is missing or cut, and a digest of the values, kept beside them, notices flipped bytes.
 """
 
+import contextlib
 import dataclasses
 import json
 import logging
 import pathlib
+import re
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -25,20 +28,45 @@ from lingbot_jax.training.state import Arrays, TrainState, abstract_model, abstr
 _log = logging.getLogger(__name__)
 
 
-class Checkpoints:
-    """The checkpoints of one run directory."""
+class SaveFailed(RuntimeError):
+    """A checkpoint could not be written; those before it are whole. The message is one line for the user."""
 
-    def __init__(self, run: str | pathlib.Path, config: CheckpointConfig):
+
+class Checkpoints:
+    """The checkpoints of one run directory; `read_only` leaves those that another process is writing alone."""
+
+    def __init__(self, run: str | pathlib.Path, config: CheckpointConfig, read_only: bool = False):
+        """Raises ConfigError: the directory cannot be made."""
         self._directory = pathlib.Path(run).absolute() / "checkpoints"
-        options = ocp.CheckpointManagerOptions(max_to_keep=config.keep, enable_async_checkpointing=True)
+        if not read_only:
+            try:
+                self._directory.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise ConfigError(f"run = {str(run)!r}: cannot be written ({error.strerror})") from None
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=config.keep,
+            enable_async_checkpointing=True,
+            cleanup_tmp_directories=not read_only,  # what a killed run left half written
+            read_only=read_only,
+        )
         self._manager = ocp.CheckpointManager(self._directory, options=options)
+        self._saving: int | None = None
 
     def save(self, step: int, state: TrainState, loader: dict[str, Any]) -> None:
-        """Starts writing; returns once the values have left the device, so the state may be donated."""
+        """Starts writing; returns once the values have left the device, so the state may be donated.
+
+        Raises:
+          SaveFailed: this one cannot be begun, or the one before it could not be written.
+        """
+        self.wait()
+        self._saving = step
         fields = _fields(state)
         extra = {"loader": loader, "digests": {name: int(d) for name, d in _digests(fields).items()}}
         items = ocp.args.Composite(state=ocp.args.PyTreeSave(fields), extra=ocp.args.JsonSave(extra))
-        self._manager.save(step, args=items, force=True)
+        with self._writing():
+            if step in self._manager.all_steps():  # a damaged one, which `restore` passed over
+                self._manager.delete(step)
+            self._manager.save(step, args=items, force=True)
 
     def restore(self, template: TrainState) -> tuple[TrainState, dict[str, Any]] | None:
         """The newest whole checkpoint, on the shardings of `template` (ShapeDtypeStructs); None if there is none.
@@ -56,7 +84,7 @@ class Checkpoints:
             try:
                 return self._restore(step, template)
             except Exception as error:  # Orbax and TensorStore raise many types for damaged files
-                reason = str(error).strip().splitlines()[0][:160]
+                reason = _reason(error)
                 failures.append(f"{step}: {reason}")
                 _log.warning("checkpoint %d cannot be read, trying the one before: %s", step, reason)
         if failures:
@@ -80,11 +108,38 @@ class Checkpoints:
         return restored.state, restored.extra["loader"]
 
     def wait(self) -> None:
-        """Blocks until what was saved is on disk; raises what the writing thread raised."""
-        self._manager.wait_until_finished()
+        """Blocks until what was saved is on disk. Raises SaveFailed."""
+        if self._saving is not None:
+            with self._writing():
+                self._manager.wait_until_finished()
+                self._manager.check_for_errors()
 
     def close(self) -> None:
         self._manager.close()
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_) -> None:
+        """Lets what is being written become whole, unless another process is lost: it would be waited for."""
+        if kind is None or not issubclass(kind, jax.errors.JaxRuntimeError):
+            self.wait()
+        if kind is None:
+            self.close()
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Errors while writing, of this thread or Orbax's own, as one line."""
+        try:
+            yield
+        except jax.errors.JaxRuntimeError:  # another process is gone: not the disk's fault
+            raise
+        except Exception as error:  # Orbax and TensorStore raise many types for what a disk refuses
+            step, self._saving = self._saving, None
+            raise SaveFailed(
+                f"checkpoint {step} could not be written to {self._directory}: {_reason(error)}; the ones before it "
+                "are whole: free space or mend the directory, then the same command resumes"
+            ) from error
 
 
 def load_ema(run: str | pathlib.Path, mesh: Mesh | None = None) -> Arrays:
@@ -102,7 +157,7 @@ def load_ema(run: str | pathlib.Path, mesh: Mesh | None = None) -> Arrays:
     if mesh is not None:
         axes = params.logical_axes(abstract_model(config))
         fields = sharding.specs(fields, sharding.shardings_by_path(fields, axes, mesh))
-    checkpoints = Checkpoints(run, config.checkpoint)
+    checkpoints = Checkpoints(run, config.checkpoint, read_only=True)
     found = checkpoints.restore_fields(fields)
     checkpoints.close()
     if found is None:
@@ -118,6 +173,13 @@ def load_config(run: str | pathlib.Path) -> TrainConfig:
             f"run = {str(run)!r}: no run directory (config.json is missing); experiments.train makes one"
         )
     return build(TrainConfig, json.loads(path.read_text()))
+
+
+def _reason(error: BaseException) -> str:
+    """An error in a few words: where the system says why (`No space left on device`), that."""
+    found = re.search(r"\[OS error \d+: ([^\]]*?) ?\]|\[Errno \d+\] (.*)", str(error))
+    text = next(filter(None, found.groups())) if found else str(error) or type(error).__name__
+    return text.strip().splitlines()[0][:160]
 
 
 def _fields(state: TrainState) -> dict[str, Any]:

@@ -3,13 +3,14 @@
 import dataclasses
 from typing import Literal
 
-from lingbot_jax.config import DiTConfig, require
+from lingbot_jax.config import ConfigError, DiTConfig, require
 from lingbot_jax.data.loader import LoaderConfig
 from lingbot_jax.models.codec import CodecConfig
 from lingbot_jax.parallel.mesh import MeshConfig
 
 Stage = Literal["world", "action"]
-Expert = Literal["single", "high", "low"]
+Expert = Literal["single", "high", "low", "both"]
+EXPERTS: tuple[Expert, ...] = ("high", "low")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,8 +53,8 @@ class TaskConfig:
 @dataclasses.dataclass(frozen=True)
 class FlowConfig:
     """Attributes:
-    shift: of the timestep distribution (FACTS section 3); rises with duration. boundary: noise level where
-    the high-noise expert takes over; one field for training and sampling.
+    shift: of the timestep distribution, in training and (unless the user says otherwise) in sampling.
+    boundary: noise level where the high-noise expert takes over; one field for training and sampling.
     """
 
     shift: float = 5.0
@@ -65,7 +66,7 @@ class FlowConfig:
 
     def region(self, expert: Expert) -> tuple[float, float]:
         """Noise levels that an expert is trained on."""
-        return {"single": (0.0, 1.0), "high": (self.boundary, 1.0), "low": (0.0, self.boundary)}[expert]
+        return {"high": (self.boundary, 1.0), "low": (0.0, self.boundary)}.get(expert, (0.0, 1.0))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,15 +112,41 @@ class CheckpointConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class Phase:
+    """A stretch of steps of the curriculum (`curriculum.py`); what it leaves out is the run's own.
+
+    Attributes:
+      until: the step after which it ends; it begins where the one before it ends.
+      frames, batch: of a window, and windows a process. path: data set, for phases that need longer clips.
+      size: height and width of the video. shift: of the timestep distribution; rises with duration.
+      accumulate: parts a batch is computed in. mesh: how the devices share the work; `seq` rises with frames.
+    """
+
+    until: int
+    frames: int | None = None
+    batch: int | None = None
+    path: str | None = None
+    size: tuple[int, int] | None = None
+    shift: float | None = None
+    accumulate: int | None = None
+    mesh: MeshConfig | None = None
+
+
+@dataclasses.dataclass(frozen=True)
 class TrainConfig:
     """One training run.
 
     Attributes:
       run: the run directory; running the same command again resumes it.
       stage: `world` trains every parameter; `action` the control adapters only (paper section 3.3.2).
-      expert: which noise region is trained. init: a run directory whose EMA parameters start this run.
+      codec: a codec file, or a converted bundle whose VAE and text encoder are used.
+      expert: which noise region is trained; `both` holds two experts and trains one at each step.
+      init: where parameters come from: a run directory (averaged parameters) or a converted bundle; for `both`
+        also two of them, "HIGH,LOW". Control adapters that it does not have start fresh.
+      size: height and width that the recorded video is scaled and cropped to; (0, 0): as recorded.
       mesh: how the devices share the work; may change when a run is resumed.
-      codec: path of the codec file. log_every: steps between lines in metrics.jsonl.
+      curriculum: phases by step; empty: one phase, of the fields above. log_every: steps between lines in
+        metrics.jsonl.
     """
 
     run: str
@@ -136,7 +163,9 @@ class TrainConfig:
     flow: FlowConfig = FlowConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    size: tuple[int, int] = (0, 0)
     mesh: MeshConfig = MeshConfig()
+    curriculum: tuple[Phase, ...] = ()
     log_every: int = 10
 
     def __post_init__(self):
@@ -154,10 +183,60 @@ class TrainConfig:
             self.model.control,
             "stage action trains the control adapters: choose cam, act or cam_act",
         )
+        pixels = self.model.spatial_stride * self.model.patch[1]
+        require(
+            self.size == (0, 0) or (min(self.size) > 0 and not any(s % pixels for s in self.size)),
+            "size",
+            self.size,
+            f"must be (0, 0), or multiples of {pixels} = model.spatial_stride x model.patch",
+        )
+        ends = [0, *(phase.until for phase in self.curriculum)]
+        require(
+            ends == sorted(set(ends)), "curriculum", tuple(ends[1:]), "until must rise from phase to phase"
+        )
+        require(
+            len(ends) == 1 or ends[-1] >= self.steps,
+            "curriculum",
+            tuple(ends[1:]),
+            f"the last until must reach steps = {self.steps}",
+        )
+        self.phases()
+
+    def phases(self) -> "tuple[TrainConfig, ...]":
+        """The run as each phase of its curriculum sees it: a run of that phase alone.
+
+        Raises:
+          ConfigError: a phase whose values do not fit each other or the run.
+        """
+        found = []
+        for index, phase in enumerate(self.curriculum):
+            say = lambda given, own: own if given is None else given
+            try:
+                data = dataclasses.replace(
+                    self.data,
+                    path=say(phase.path, self.data.path),
+                    frames=say(phase.frames, self.data.frames),
+                    batch=say(phase.batch, self.data.batch),
+                    seed=self.data.seed + index,  # every phase has an order of its own
+                )
+                accumulate = say(phase.accumulate, self.optimizer.accumulate)
+                made = dataclasses.replace(
+                    self,
+                    data=data,
+                    size=say(phase.size, self.size),
+                    flow=dataclasses.replace(self.flow, shift=say(phase.shift, self.flow.shift)),
+                    optimizer=dataclasses.replace(self.optimizer, accumulate=accumulate),
+                    mesh=say(phase.mesh, self.mesh),
+                    curriculum=(),
+                )
+            except ConfigError as error:
+                raise ConfigError(f"curriculum[{index}]: {error}") from None
+            found.append(made)
+        return tuple(found) or (self,)
 
     def check_codec(self, codec: CodecConfig) -> None:
         """Refuses a codec that does not fit the model or the windows. Raises ConfigError."""
-        model, frames = self.model, self.data.frames
+        model = self.model
         require(
             codec.channels == model.latent_channels,
             "model.latent_channels",
@@ -176,11 +255,13 @@ class TrainConfig:
             model.spatial_stride,
             f"the codec's spatial stride is {codec.stride[1:]}",
         )
-        require(frames % codec.stride[0] == 1, "data.frames", frames, f"must be {codec.stride[0]}n + 1")
-        latent = codec.latent_frames(frames)
-        require(
-            self.tasks.max_given < latent,
-            "tasks.max_given",
-            self.tasks.max_given,
-            f"must leave something to predict of {latent} latent frames",
-        )
+        for phase in self.phases():
+            frames = phase.data.frames
+            require(frames % codec.stride[0] == 1, "data.frames", frames, f"must be {codec.stride[0]}n + 1")
+            latent = codec.latent_frames(frames)
+            require(
+                self.tasks.max_given < latent,
+                "tasks.max_given",
+                self.tasks.max_given,
+                f"must leave something to predict of {latent} latent frames",
+            )

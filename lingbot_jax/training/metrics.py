@@ -1,5 +1,6 @@
 """Metrics of a run: metrics.jsonl, TensorBoard, and a progress line."""
 
+import contextlib
 import json
 import pathlib
 import time
@@ -8,6 +9,8 @@ from collections.abc import Iterator
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from tensorboardX import SummaryWriter
+
+from lingbot_jax.config import ConfigError
 
 
 def read_metrics(run: str | pathlib.Path) -> Iterator[dict[str, float]]:
@@ -21,20 +24,36 @@ def read_metrics(run: str | pathlib.Path) -> Iterator[dict[str, float]]:
 
 
 class MetricsWriter:
-    """Appends metrics by step. On resume, lines after the restored step are dropped: they will be made again."""
+    """Appends metrics by step. On resume, lines after the restored step are dropped: they will be made again.
+
+    Raises:
+      ConfigError: the file cannot be written, here or later.
+    """
 
     def __init__(self, run: str | pathlib.Path, step: int):
         run = pathlib.Path(run)
         kept = [line for line in read_metrics(run) if line["step"] <= step]
-        partial = run / "metrics.jsonl.partial"
-        partial.write_text("".join(json.dumps(line) + "\n" for line in kept))
-        partial.replace(run / "metrics.jsonl")
-        self._file = (run / "metrics.jsonl").open("a")
-        self._board = SummaryWriter(str(run / "tensorboard"), purge_step=step + 1)
+        self._path, partial = run / "metrics.jsonl", run / "metrics.jsonl.partial"
+        with self._writing():
+            partial.write_text("".join(json.dumps(line) + "\n" for line in kept))
+            partial.replace(self._path)
+            self._file = self._path.open("a")
+            self._board = SummaryWriter(str(run / "tensorboard"), purge_step=step + 1)
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise ConfigError(
+                f"run: {self._path} cannot be written ({error.strerror}); free space or mend the directory, then the "
+                "same command resumes"
+            ) from None
 
     def write(self, step: int, metrics: dict[str, float]) -> None:
-        self._file.write(json.dumps({"step": step, **metrics}) + "\n")
-        self._file.flush()
+        with self._writing():
+            self._file.write(json.dumps({"step": step, **metrics}) + "\n")
+            self._file.flush()
         for name, value in metrics.items():
             self._board.add_scalar(name, value, step)
 

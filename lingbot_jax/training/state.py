@@ -2,6 +2,9 @@
 
 Frozen parameters have neither gradients nor optimiser state. Randomness is not part of the state: every draw is
 `fold_in(seed, step, purpose)`, so there is nothing to lose on resume.
+
+A run with two experts has both in one state, parameters by path `high.…` and `low.…`, and an optimiser state
+for each. A step sees one of them (`take_expert`) under the paths of a model of its own.
 """
 
 import dataclasses
@@ -16,7 +19,8 @@ from jaxtyping import Array, Int, PRNGKeyArray
 
 from lingbot_jax.models import params
 from lingbot_jax.models.dit import WorldDiT
-from lingbot_jax.training.config import OptimizerConfig, TrainConfig
+from lingbot_jax.models.experts import NoiseExperts
+from lingbot_jax.training.config import EXPERTS, Expert, OptimizerConfig, TrainConfig
 from lingbot_jax.training.objectives.action import trains
 
 Arrays = dict[str, jax.Array]
@@ -27,14 +31,14 @@ Arrays = dict[str, jax.Array]
 class TrainState:
     """Attributes:
     step: updates done. trainable, frozen: parameters by dotted path. ema: averaged trainable parameters.
-    optimizer: optax state over `trainable`.
+    optimizer: optax state over `trainable`; for two experts a dict of one each.
     """
 
     step: Int[Array, ""]
     trainable: Arrays
     frozen: Arrays
     ema: Arrays
-    optimizer: optax.OptState
+    optimizer: optax.OptState | dict[Expert, optax.OptState]
 
 
 def random_key(seed: int, step: Int[Array, ""] | int, purpose: str) -> PRNGKeyArray:
@@ -43,16 +47,22 @@ def random_key(seed: int, step: Int[Array, ""] | int, purpose: str) -> PRNGKeyAr
     return jax.random.fold_in(key, zlib.crc32(purpose.encode()))
 
 
-def abstract_model(config: TrainConfig) -> WorldDiT:
-    return params.abstract(lambda key: WorldDiT(config.model, key))
+def make_model(config: TrainConfig, key: PRNGKeyArray) -> WorldDiT | NoiseExperts:
+    if config.expert == "both":
+        return NoiseExperts(config.model, key, config.flow.boundary)
+    return WorldDiT(config.model, key)
 
 
-def flatten(model: WorldDiT) -> Arrays:
+def abstract_model(config: TrainConfig) -> WorldDiT | NoiseExperts:
+    return params.abstract(lambda key: make_model(config, key))
+
+
+def flatten(model: WorldDiT | NoiseExperts) -> Arrays:
     """Parameter arrays by dotted path."""
     return {path: leaf.get_value() for path, leaf in params.flat_params(model).items()}
 
 
-def merge(template: WorldDiT, arrays: Arrays) -> WorldDiT:
+def merge(template: WorldDiT | NoiseExperts, arrays: Arrays) -> WorldDiT | NoiseExperts:
     """The model with these parameters; `template` gives the structure and may be abstract."""
     graph, state = nnx.split(template, nnx.Param)
     flat = nnx.to_flat_state(state)
@@ -96,7 +106,7 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
 
 def random_arrays(config: TrainConfig) -> Arrays:
     """Freshly initialised parameters."""
-    return flatten(WorldDiT(config.model, random_key(config.seed, 0, "init")))
+    return flatten(make_model(config, random_key(config.seed, 0, "init")))
 
 
 def abstract_state(config: TrainConfig) -> TrainState:
@@ -109,10 +119,40 @@ def init_state(config: TrainConfig, arrays: Arrays) -> TrainState:
     trainable = {path: leaf for path, leaf in arrays.items() if trains(config.stage, path)}
     frozen = {path: leaf for path, leaf in arrays.items() if path not in trainable}
     optimizer = make_optimizer(config.optimizer, config.steps)
+    if config.expert == "both":
+        moments = {expert: optimizer.init(take_paths(trainable, expert)) for expert in EXPERTS}
+    else:
+        moments = optimizer.init(trainable)
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         trainable=trainable,
         frozen=frozen,
         ema=jax.tree.map(jnp.copy, trainable),
-        optimizer=optimizer.init(trainable),
+        optimizer=moments,
     )
+
+
+def take_paths(arrays: Arrays, expert: Expert) -> Arrays:
+    """One expert's arrays, by the paths of a model of its own."""
+    prefix = f"{expert}."
+    return {path.removeprefix(prefix): leaf for path, leaf in arrays.items() if path.startswith(prefix)}
+
+
+def put_paths(arrays: Arrays, expert: Expert) -> Arrays:
+    """The inverse of `take_paths`."""
+    return {f"{expert}.{path}": leaf for path, leaf in arrays.items()}
+
+
+def take_expert(state: TrainState, expert: Expert) -> TrainState:
+    """The part of a state of two experts that a step of one needs; also of a tree of shardings like it."""
+    arrays = {name: take_paths(getattr(state, name), expert) for name in ("trainable", "frozen", "ema")}
+    return TrainState(step=state.step, optimizer=state.optimizer[expert], **arrays)
+
+
+def put_expert(state: TrainState, expert: Expert, part: TrainState) -> TrainState:
+    """The state with one expert's part exchanged for what a step made of it."""
+    arrays = {
+        name: getattr(state, name) | put_paths(getattr(part, name), expert)
+        for name in ("trainable", "frozen", "ema")
+    }
+    return TrainState(step=part.step, optimizer=state.optimizer | {expert: part.optimizer}, **arrays)

@@ -41,7 +41,7 @@ def merged(folder: pathlib.Path, run: str) -> None:
     config = dataclasses.replace(config, run=str(folder / f"{run}-merged"))
     loaders = [TrainLoader(config.data, (index, 2)) for index in range(2)]
     text_encoder = HashedNgramEncoder(config.model.text_dim, config.model.text_len)
-    train(config, load_linear(config.codec), text_encoder, Merged(loaders))
+    train(config, load_linear(config.codec), text_encoder, make_loader=lambda *_: Merged(loaders))
 
 
 def restore(folder: pathlib.Path, run: str) -> None:

@@ -1,19 +1,46 @@
-"""A training run small enough for tests: made-up clips, a codec fitted on them, and command line overrides."""
+"""A training run small enough for tests: made-up clips, a codec fitted on them, and ways to run it."""
 
+import dataclasses
 import json
 import os
 import pathlib
 import subprocess
 import sys
+from collections.abc import Callable
 
+import jax
 import numpy as np
 
+from experiments import train as experiment
+from lingbot_jax.config import DiTConfig
 from lingbot_jax.control.keyboard import integrate
 from lingbot_jax.data import records, schema
+from lingbot_jax.data.loader import LoaderConfig
 from lingbot_jax.models.codec import CodecConfig, fit_linear, save_linear
+from lingbot_jax.training.config import (
+    CheckpointConfig,
+    FlowConfig,
+    OptimizerConfig,
+    Phase,
+    PoseConfig,
+    TaskConfig,
+    TrainConfig,
+)
 
 ROOT = pathlib.Path(__file__).parents[2]
 FRAMES = 13
+MODEL = DiTConfig(
+    dim=32,
+    layers=2,
+    heads=2,
+    ffn=48,
+    freq_dim=16,
+    text_dim=16,
+    text_len=8,
+    latent_channels=8,
+    control="cam_act",
+    dtype="float32",
+)
 
 
 def clip(i: int, split: str) -> schema.Clip:
@@ -56,6 +83,68 @@ def make_data(folder: pathlib.Path, clips: int = 16) -> pathlib.Path:
     return data
 
 
+def share_compilations(folder: pathlib.Path, setenv: Callable[[str, str], None]) -> dict[str, object]:
+    """All runs of the tests, in this process and in others, keep compiled programs in one place.
+
+    Returns:
+      the options as they were in this process.
+    """
+    options = {
+        "jax_compilation_cache_dir": str(folder),
+        "jax_persistent_cache_min_compile_time_secs": 0,
+        "jax_persistent_cache_min_entry_size_bytes": -1,
+        "jax_disable_most_optimizations": True,  # a few steps: compiling them is all the work there is
+    }
+    before = {name: jax.config.values[name] for name in options}
+    for name, value in options.items():
+        setenv(name.upper(), str(value))
+        jax.config.update(name, value)
+    return before
+
+
+def config(folder: pathlib.Path, run: str, **fields: object) -> TrainConfig:
+    """A run in `folder`, of clips of 9 frames for 6 steps and of 13 frames from then on."""
+    small = {
+        "run": str(folder / run),
+        "stage": "world",
+        "steps": 12,
+        "codec": str(folder / "codec.safetensors"),
+        "model": MODEL,
+        "data": LoaderConfig(str(folder / "data"), frames=FRAMES, batch=4),
+        "pose": PoseConfig("first", "metric"),
+        "tasks": TaskConfig(max_given=2),
+        "optimizer": OptimizerConfig(learning_rate=2e-3, warmup=2),
+        "checkpoint": CheckpointConfig(every=4),
+        "flow": FlowConfig(shift=5.0, boundary=0.7),
+        "curriculum": (Phase(6, frames=9, batch=8, shift=3.0), Phase(100000)),
+        "log_every": 1,
+    }
+    return TrainConfig(**small | fields)
+
+
+def train(config: TrainConfig) -> None:
+    """As the experiment, in this process."""
+    experiment.run(config)
+
+
+def start(config: TrainConfig) -> subprocess.Popen:
+    """`python -m experiments.train` in a process of its own."""
+    path = pathlib.Path(config.run).with_suffix(".config.py")
+    path.write_text(
+        f"from ml_collections import ConfigDict\ndef get_config():\n"
+        f"    return ConfigDict({dataclasses.asdict(config)!r})\n"
+    )
+    command = [sys.executable, "-m", "experiments.train", f"--config={path}"]
+    return subprocess.Popen(
+        command,
+        cwd=ROOT,
+        env=os.environ | {"JAX_PLATFORMS": "cpu"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
 def overrides(folder: pathlib.Path, run: str, **fields: object) -> list[str]:
     """Flags that turn experiments/configs/tiny.py:world into a run of seconds."""
     small = {
@@ -76,20 +165,13 @@ def overrides(folder: pathlib.Path, run: str, **fields: object) -> list[str]:
     return [f"--config.{name}={value}" for name, value in (small | fields).items()]
 
 
-def train(
-    folder: pathlib.Path, run: str, stage: str = "world", wait: bool = True, **fields: object
-) -> subprocess.Popen | subprocess.CompletedProcess:
-    """`python -m experiments.train` in a process of its own."""
-    command = [sys.executable, "-m", "experiments.train", f"--config=experiments/configs/tiny.py:{stage}"]
-    command += overrides(folder, run, **fields)
-    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
-    if wait:
-        return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
-    return subprocess.Popen(
-        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
-
-
 def losses(folder: pathlib.Path, run: str) -> dict[int, float]:
-    lines = (folder / run / "metrics.jsonl").read_text().splitlines()
-    return {line["step"]: line["loss"] for line in map(json.loads, lines)}
+    """Loss by step; every step is there once."""
+    lines = [json.loads(line) for line in (folder / run / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == sorted({line["step"] for line in lines})
+    return {line["step"]: line["loss"] for line in lines}
+
+
+def losses_of(config: TrainConfig) -> dict[int, float]:
+    run = pathlib.Path(config.run)
+    return losses(run.parent, run.name)

@@ -1,82 +1,151 @@
-"""A run that is killed, preempted or damaged goes on as if nothing had happened."""
+"""A run that is killed, preempted, damaged or out of disk goes on as if nothing had happened."""
 
+import dataclasses
+import json
+import logging
 import pathlib
-import random
+import resource
+import shutil
 import signal
 import time
 
 import pytest
 
-from tests.training import micro
-
-STEPS = 24
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("resume")
-    micro.make_data(folder)
-    done = micro.train(folder, "whole", steps=STEPS)
-    assert done.returncode == 0, done.stderr
-    return folder
+from lingbot_jax.config import ConfigError
+from lingbot_jax.training.checkpoints import Checkpoints, load_ema
+from lingbot_jax.training.config import OptimizerConfig
+from lingbot_jax.training.state import abstract_state
+from tests.training import kill_cycles, micro
 
 
-def wait_for_step(folder: pathlib.Path, run: str, step: int, process) -> None:
-    """Returns when the run has logged `step`."""
-    path = folder / run / "metrics.jsonl"
-    deadline = time.monotonic() + 200
-    while time.monotonic() < deadline and process.poll() is None:
-        if path.exists() and path.read_text().count("\n") >= step:
-            return
-        time.sleep(0.05)
-    raise AssertionError(f"step {step} was not reached: {process.communicate()[0]}")
+def saved(config) -> list[int]:
+    folder = pathlib.Path(config.run) / "checkpoints"
+    return sorted(int(p.name) for p in folder.iterdir() if p.name.isdigit())
 
 
-def test_killed_run_repeats_the_uninterrupted_losses_bit_for_bit(folder):
-    process = micro.train(folder, "killed", wait=False, steps=STEPS)
-    wait_for_step(folder, "killed", random.Random().randint(5, STEPS - 4), process)
-    process.kill()
-    process.wait()
-    done = micro.train(folder, "killed", steps=STEPS)
-    assert done.returncode == 0, done.stderr
-    assert micro.losses(folder, "killed") == micro.losses(folder, "whole")
+def copy(whole, name, *steps):
+    """The uninterrupted run, cut back to some of its checkpoints."""
+    config = dataclasses.replace(whole, run=str(pathlib.Path(whole.run).with_name(name)))
+    shutil.copytree(whole.run, config.run)
+    for step in set(saved(config)) - set(steps):
+        shutil.rmtree(pathlib.Path(config.run) / "checkpoints" / str(step))
+    path = pathlib.Path(config.run) / "config.json"
+    path.write_text(json.dumps(dataclasses.asdict(config)))
+    return config
 
 
-def test_sigterm_saves_and_exits_cleanly(folder):
-    process = micro.train(folder, "preempted", wait=False, steps=100000)
-    wait_for_step(folder, "preempted", 6, process)
+def test_killed_run_repeats_the_uninterrupted_losses_bit_for_bit(folder, whole):
+    """Killed in the first phase, around its end (step 6) and in the second; the long form: kill_cycles."""
+    config = dataclasses.replace(whole, run=str(folder / "killed"))
+    kill_cycles.check(config, micro.losses_of(whole), cycles=2, seed=1)
+
+
+def test_sigterm_saves_and_exits_cleanly(folder, whole):
+    config = dataclasses.replace(whole, run=str(folder / "preempted"), steps=100000)
+    process = micro.start(config)
+    deadline = time.monotonic() + 300
+    while kill_cycles.logged(config) < 7 and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.02)
     process.send_signal(signal.SIGTERM)
     began = time.monotonic()
-    assert process.wait(30) == 0
+    output = process.communicate(timeout=30)[0]
+    assert process.returncode == 0, output
     assert time.monotonic() - began < 30
-    saved = max(int(p.name) for p in (folder / "preempted" / "checkpoints").iterdir() if p.name.isdigit())
-    assert saved == max(micro.losses(folder, "preempted"))
+    assert saved(config)[-1] == max(micro.losses_of(config)), "the last step is saved"
+    assert "the same command resumes" in output
 
 
-def test_action_stage_trains_adapters_only(folder):
-    done = micro.train(folder, "action", stage="action", steps=4, init=folder / "whole")
-    assert done.returncode == 0, done.stderr
+@pytest.mark.parametrize("damage", ["truncated", "flipped", "deleted", "no loader position"])
+def test_damaged_checkpoint_is_passed_over_with_a_warning(whole, damage, caplog):
+    config = copy(whole, damage, 8, 12)
+    newest = pathlib.Path(config.run) / "checkpoints" / "12"
+    files = sorted((p for p in (newest / "state").rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+    largest = files[-1]
+    if damage == "truncated":
+        largest.write_bytes(largest.read_bytes()[: largest.stat().st_size // 2])
+    elif damage == "flipped":
+        data = bytearray(largest.read_bytes())
+        data[len(data) // 2] ^= 1
+        largest.write_bytes(data)
+    elif damage == "deleted":
+        largest.unlink()
+    else:
+        shutil.rmtree(newest / "extra")
+    checkpoints = Checkpoints(config.run, config.checkpoint, read_only=True)
+    with caplog.at_level(logging.WARNING):
+        state, position = checkpoints.restore(abstract_state(config))
+    assert int(state.step) == 8 and position["phase"] == 1
+    assert "checkpoint 12 cannot be read, trying the one before" in caplog.text
 
 
-@pytest.mark.parametrize(
-    ("fields", "line"),
-    [
-        ({"model.heads": 5}, "model.heads = 5: must divide model.dim = 32"),
-        ({"model.dim": 34}, "model.heads = 2: head_dim = dim / heads = 17 must be even for rotary pairs"),
-        ({"data.frames": 12}, "data.frames = 12: must be 4n+1"),
-        ({"tasks.max_given": 4}, "tasks.max_given = 4: must leave something to predict of 4 latent frames"),
-        ({"nonsense": 1}, "config.nonsense=1: unknown field"),
-        ({"steps": "many"}, "invalid literal for int() with base 10: 'many'"),
-        ({"flow.shift": -1.0}, "flow.shift = -1.0: must be positive"),
-        ({"seed": 7}, "seed: "),
-    ],
-)
-def test_bad_configs_end_with_one_line(folder, fields, line):
-    before = sorted(p.name for p in folder.iterdir())
-    done = micro.train(folder, "whole" if "seed" in fields else "bad", **{"steps": STEPS} | fields)
-    assert done.returncode == 2
-    errors = done.stderr.strip().splitlines()
-    assert errors[-1].startswith("error: ")
-    assert line in errors[-1]
-    assert not any("Traceback" in e for e in errors)
-    assert sorted(p.name for p in folder.iterdir()) == before, "nothing is written for a bad config"
+def test_run_goes_on_from_the_checkpoint_before_a_damaged_one(whole):
+    config = copy(whole, "goes on", 4, 12)
+    for path in (pathlib.Path(config.run) / "checkpoints" / "12" / "state").rglob("*"):
+        if path.is_file():
+            path.write_bytes(b"")
+    micro.train(config)
+    assert micro.losses_of(config) == micro.losses_of(whole)
+    assert 12 in saved(config), "the damaged one is replaced"
+    assert load_ema(config.run).keys() == load_ema(whole.run).keys()
+
+
+def test_when_every_checkpoint_is_damaged_one_line_says_so(whole):
+    config = copy(whole, "all damaged", 8, 12)
+    for path in (pathlib.Path(config.run) / "checkpoints").rglob("*"):
+        if path.is_file() and "state" in path.parts:
+            path.unlink()
+    with pytest.raises(
+        ConfigError, match=r"^run: no checkpoint in \S.* can be read \(12: .*8: .*\); [^\n]*$"
+    ):
+        micro.train(config)
+
+
+def test_full_disk_stops_the_run_and_leaves_the_last_checkpoint_whole(whole):
+    """No file may grow beyond 64 KiB, which the system reports where a checkpoint's data is written."""
+    config = copy(whole, "full", 4)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (65536, hard))
+    try:
+        with pytest.raises(
+            ConfigError, match=r"^checkpoint 8 could not be written to \S.*/full/checkpoints: [^\n]*$"
+        ) as e:
+            micro.train(config)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert "File too large" in str(e.value) and "the same command resumes" in str(e.value)
+    assert saved(config) == [4]
+    micro.train(config)  # there is room again
+    assert micro.losses_of(config) == micro.losses_of(whole)
+
+
+@pytest.mark.parametrize("where", ["run", "checkpoints"])
+def test_directory_that_cannot_be_written_is_one_line(folder, whole, where):
+    config = dataclasses.replace(whole, run=str(folder / f"no {where}"))
+    path = pathlib.Path(config.run)
+    if where == "run":
+        path.write_text("a file where the run should be")
+    else:
+        path.mkdir()
+        (path / "checkpoints").write_text("a file where they should be")
+    with pytest.raises(ConfigError, match=r"^run = '[^\n]*': cannot be written \([^\n]*\)$"):
+        micro.train(config)
+
+
+def test_loss_that_is_not_finite_stops_the_run_and_saves_nothing_of_it(whole):
+    """From step 8 on with a learning rate that no parameter survives."""
+    config = copy(whole, "explodes", 8)
+    config = dataclasses.replace(config, optimizer=OptimizerConfig(learning_rate=1e38, warmup=0))
+    path = pathlib.Path(config.run) / "config.json"
+    path.write_text(json.dumps(dataclasses.asdict(config)))
+    with pytest.raises(ConfigError, match=r"^(loss|grad_norm) = (nan|inf) at step (9|1\d); [^\n]*$") as error:
+        micro.train(config)
+    assert "the batch was records " in str(error.value) and ":" in str(error.value).split("records ")[1]
+    assert saved(config) == [8], "the checkpoint from before is the newest"
+
+
+def test_another_configuration_is_refused_in_the_same_directory(whole):
+    with pytest.raises(ConfigError, match=r"^seed: \S+ has 0, this command 7; choose another run directory$"):
+        micro.train(dataclasses.replace(whole, seed=7))
+    shifted = dataclasses.replace(whole.curriculum[0], shift=9.0)
+    with pytest.raises(ConfigError, match="^curriculum: "):
+        micro.train(dataclasses.replace(whole, curriculum=(shifted, *whole.curriculum[1:])))
