@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import json
 import logging
+import os
 import pathlib
 import re
 from collections.abc import Iterator
@@ -176,9 +177,9 @@ def load_config(run: str | pathlib.Path) -> TrainConfig:
 
 
 def _reason(error: BaseException) -> str:
-    """An error in a few words: where the system says why (`No space left on device`), that."""
-    found = re.search(r"\[OS error \d+: ([^\]]*?) ?\]|\[Errno \d+\] (.*)", str(error))
-    text = next(filter(None, found.groups())) if found else str(error) or type(error).__name__
+    """An error in a few words: where a system call failed, the system's (`No space left on device`)."""
+    found = re.search(r"(?:OS error |os_error_code='|Errno )(\d+)", str(error))  # of TensorStore, of Python
+    text = os.strerror(int(found[1])) if found else str(error) or type(error).__name__
     return text.strip().splitlines()[0][:160]
 
 
