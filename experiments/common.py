@@ -57,9 +57,17 @@ def _parse(argv: list[str]) -> list[str]:
         raise UserError(lines[-1]) from None
 
 
+def _report_once() -> None:
+    """Hides what Orbax says of an error in a writing thread before it raises it, which is when we report it."""
+    logging.get_absl_handler().addFilter(lambda r: not (r.exc_info and "orbax" in r.pathname))
+    report = sys.unraisablehook  # of writes that end after the first one failed, without a loop to tell
+    sys.unraisablehook = lambda u: None if str(u.exc_value) == "Event loop is closed" else report(u)
+
+
 def run(main: Callable[[], None]) -> None:
     """Runs `main()` under absl: flags parsed; user errors as one line and exit code 2, Ctrl-C as 130."""
     logging.set_verbosity(logging.WARNING)
+    _report_once()
     try:
         app.run(lambda _: main(), flags_parser=_parse)
     except (UserError, ConfigError) as error:

@@ -66,7 +66,10 @@ class StepProgress:
     """A line with the steps done, steps a second, the loss and the time left; plain lines without a terminal."""
 
     def __init__(self, title: str, start: int, steps: int):
-        self._title, self._steps, self._start, self._began = title, steps, start, time.monotonic()
+        self._title, self._steps = title, steps
+        self._first: tuple[int, float] | None = (
+            None  # step and time that rates count from: the first compiles
+        )
         self._console = Console()
         columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()]
         columns += [
@@ -75,7 +78,7 @@ class StepProgress:
         ]
         self._bar = Progress(*columns, console=self._console, disable=not self._console.is_terminal)
         self._task = self._bar.add_task(title, total=steps, completed=start, rate=0.0, loss=float("nan"))
-        self._printed = self._began
+        self._printed = self._began = time.monotonic()
 
     def __enter__(self) -> "StepProgress":
         self._bar.start()
@@ -86,9 +89,13 @@ class StepProgress:
 
     def update(self, step: int, loss: float) -> None:
         now = time.monotonic()
-        rate = (step - self._start) / max(now - self._began, 1e-9)
+        if self._first is None:
+            self._first = step, now
+            self._console.print(f"{self._title}: first step after {now - self._began:.0f} s", highlight=False)
+        rate = (step - self._first[0]) / max(now - self._first[1], 1e-9)
         self._bar.update(self._task, completed=step, rate=rate, loss=loss)
-        if not self._console.is_terminal and (now - self._printed > 20 or step == self._steps):
+        due = now - self._printed > 20 and rate > 0 or step == self._steps
+        if not self._console.is_terminal and due:
             left = (self._steps - step) / max(rate, 1e-9)
             print(
                 f"{self._title} {step}/{self._steps}  {rate:.2f} steps/s  loss {loss:.4f}  {left:.0f} s left",
