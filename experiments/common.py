@@ -59,7 +59,9 @@ def _parse(argv: list[str]) -> list[str]:
 
 def _report_once() -> None:
     """Hides what Orbax says of an error in a writing thread before it raises it, which is when we report it."""
-    logging.get_absl_handler().addFilter(lambda r: not (r.exc_info and "orbax" in r.pathname))
+    logging.get_absl_handler().addFilter(
+        lambda record: not record.exc_info or not re.search("orbax|asyncio", record.pathname)
+    )
     report = sys.unraisablehook  # of writes that end after the first one failed, without a loop to tell
     sys.unraisablehook = lambda u: None if str(u.exc_value) == "Event loop is closed" else report(u)
 
