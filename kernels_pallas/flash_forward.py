@@ -36,6 +36,7 @@ from kernels_pallas.tiles import ForwardTiles
 Form = Literal["bounded", "lagged"]
 LOG2_E = 1.4426950408889634
 JUMP = 60.0  # log2; 2^60 times 2^17 keys times any bf16 value of ordinary size stays inside float32
+MOST_STEPS = 1 << 17  # of a call: half of the 1 MiB of scalar memory that v5p has
 NEVER = -1e30  # a finite "no score yet"
 
 NT = (((1,), (1,)), ((), ()))  # contract the last axes: x y^T
@@ -233,6 +234,25 @@ def flash_forward(
     """
     b, n, h, d = q.shape
     limited = context is not None or key_lengths is not None
+    keys = mask.m + (0 if context is None else context.slots)
+    tables = b if key_lengths is not None else 1
+    most = max(1, MOST_STEPS // (tables * -(-keys // tiles.block_k))) * tiles.block_q
+    if n > most:  # their steps would not fit into scalar memory: some queries at a time
+        parts = [
+            flash_forward(
+                q[:, start : start + most],
+                k,
+                v,
+                mask.queries(start, min(start + most, n)),
+                tiles,
+                form=form,
+                context=context,
+                key_lengths=key_lengths,
+                interpret=interpret,
+            )
+            for start in range(0, n, most)
+        ]
+        return jnp.concatenate([p[0] for p in parts], axis=1), jnp.concatenate([p[1] for p in parts], axis=2)
     plan = Plan(
         mask, tiles.block_q, tiles.block_k, "queries", 0 if context is None else context.slots, limited
     )
