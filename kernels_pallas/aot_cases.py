@@ -91,7 +91,10 @@ _TILES = {
         tiles.choose("v6e", shapes.TOKENS, shapes.TOKENS, shapes.HEAD_DIM).backward,
         10,
     ),
-    "cached_forward": (tiles.choose("v6e", shapes.CHUNK, shapes.CONTEXT, shapes.HEAD_DIM).bounded, 4),
+    "cached_forward": (
+        tiles.choose("v6e", shapes.CHUNK, shapes.CONTEXT, shapes.HEAD_DIM, cached=True).bounded,
+        4,
+    ),
 }
 TILE_FLOPS: dict[str, int] = {
     name: products * tile.block_q * tile.block_k * shapes.HEAD_DIM

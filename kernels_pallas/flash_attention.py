@@ -155,9 +155,7 @@ def flash_attention(
         raise ValueError(f"flash_attention: mask of {mask.n} x {mask.m} for {n} queries, {k.shape[1]} keys")
     if context is not None:
         context = jax.lax.stop_gradient(context)
-    tiles = (
-        tiles_lib.choose(generation, n, context.slots if context is not None else mask.m, d)
-        if tiles is None
-        else tiles
-    )
+    if tiles is None:
+        keys = mask.m if context is None else context.slots
+        tiles = tiles_lib.choose(generation, n, keys, d, cached=context is not None)
     return _attention(q, k, v, context, key_lengths, mask, tiles, interpret)

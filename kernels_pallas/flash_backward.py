@@ -5,7 +5,9 @@ With P = exp2(S - lse) and dS = P (dO V^T - delta), delta = rowsum(dO O), a tile
     rows     scores [keys queries]: dV += P^T dO, dK += dS^T Q, dQ^T += K^T dS^T. No large operand is transposed; for
              128x128 matrix units, which head_dim 128 fills in any orientation.
     columns  scores [queries keys]: dV^T += dO^T P, dK^T += Q^T dS, dQ^T += K^T dS^T. P and dS are the operands that are
-             pushed, which fills a 256x256 unit at head_dim 128: 3.5 instead of 5 units of time a tile.
+             pushed, which fills a 256x256 unit at head_dim 128: 3.5 instead of 5 units of time a tile. S and dO V^T
+             fill half of its depth at head_dim 128; -lse and -delta go into the other half, as channels of q and
+             dO that meet ones in k and v, so the unit subtracts them for nothing (`_with_offset`).
 
 dQ^T stays in VMEM for all queries of a head (4 bytes x n x head_dim) until the head is done, so no partial sums
 go to HBM. Nothing depends on a maximum: the log-sum-exp is exact, every P is at most 1.
@@ -41,12 +43,33 @@ def _transpose(x):
     return x.astype(jnp.float32).T.astype(x.dtype)
 
 
+def _depth(head_dim: int) -> int:
+    """Channels of q and dO in the form "columns": head_dim and three for the offset, in whole registers."""
+    return -(-(head_dim + 3) // 128) * 128
+
+
+def _with_offset(x: Float[Array, "b n h k"], offset: Float[Array, "b h n"]) -> Array:
+    """`x` with `offset` in three more channels, whose sum is the offset to float32's precision, and then zeros.
+
+    A product with ones for those channels adds the offset: three bfloat16 hold the 24 bits of a float32.
+    """
+    parts, rest = [], offset
+    for _ in range(3):
+        # Rounded in a way XLA cannot take for excess precision to be simplified away.
+        parts.append(lax.reduce_precision(rest, exponent_bits=8, mantissa_bits=7))
+        rest -= parts[-1]
+    more = jnp.stack(parts, axis=-1).swapaxes(1, 2).astype(x.dtype)
+    width = _depth(x.shape[3]) - x.shape[3] - 3
+    return jnp.concatenate([x, jnp.pad(more, ((0, 0), (0, 0), (0, 0), (0, width)))], axis=-1)
+
+
 def _kernel(*refs, plan: Plan, tiles: BackwardTiles, heads: int, head_dim: int, scale: float):
     refs = list(refs)
     take = lambda n, when=True: [refs.pop(0) for _ in range(n)] if when else [None] * n
     (steps,) = take(1)
     (valid,) = take(1, plan.limited)
-    q_ref, k_ref, v_ref, g_ref, lse_ref, delta_ref = take(6)
+    q_ref, k_ref, v_ref, g_ref = take(4)
+    lse_ref, delta_ref = take(2, tiles.form == "rows")
     q_t, g_t = take(2, tiles.form == "columns")
     (bounds_ref,) = take(1, plan.intervals > 0)
     dq_hbm, dk_ref, dv_ref, dq_t, dk, dv, k_t, dq_rows = take(8)
@@ -71,9 +94,12 @@ def _kernel(*refs, plan: Plan, tiles: BackwardTiles, heads: int, head_dim: int, 
         dk[...] = jnp.zeros_like(dk)
         dv[...] = jnp.zeros_like(dv)
         left = plan.mask.m - at * tiles.block_k
-        k_t[...] = _transpose(keep_rows(k_ref[0], left))
+        k_t[:head_dim] = _transpose(keep_rows(k_ref[0], left))
         if by_columns:
-            v_t[...] = _transpose(keep_rows(v_ref[0], left))
+            v_t[:head_dim] = _transpose(keep_rows(v_ref[0], left))
+            for ref in (k_t, v_t):
+                # Beside the three channels of an offset q and dO hold zeros.
+                ref[head_dim:] = jnp.ones((ref.shape[0] - head_dim, tiles.block_k), ref.dtype)
 
     def hide(s, bounds, keys, axis):
         """-inf where hidden; keys lie along `axis` of the scores."""
@@ -101,8 +127,6 @@ def _kernel(*refs, plan: Plan, tiles: BackwardTiles, heads: int, head_dim: int, 
             dq_t[row] += dot(k_t[:, span], ds, NN)
 
     def tile_columns(masked):
-        column = lambda ref: jnp.broadcast_to(ref[0], (8, tiles.block_q)).T[:, :1]
-        lse, delta = column(lse_ref), column(delta_ref)
         if masked:
             # Transposed as float32, exact because token counts are below 2^24.
             bounds = bounds_ref[...].astype(jnp.float32).T if plan.intervals else None
@@ -112,11 +136,11 @@ def _kernel(*refs, plan: Plan, tiles: BackwardTiles, heads: int, head_dim: int, 
             s = dot(q_ref[0, span], k_t[...], NN) * (scale * LOG2_E)
             if masked:
                 s = hide(s, bounds[span] if plan.intervals else None, keys, 1)
-            p = jnp.exp2(s - lse[span])
-            ds = (p * (dot(g_ref[0, span], v_t[...], NN) - delta[span])).astype(q_ref.dtype)
+            p = jnp.exp2(s)
+            ds = (p * dot(g_ref[0, span], v_t[...], NN)).astype(q_ref.dtype)
             dv[...] += dot(g_t[0, :, span], p.astype(g_ref.dtype), NN)
             dk[...] += dot(q_t[0, :, span], ds, NN)
-            dq_t[row, :, span] += dot(k_t[...], ds, NT)
+            dq_t[row, :, span] += dot(k_t[:head_dim], ds, NT)
 
     tile = tile_columns if by_columns else tile_rows
     pl.when(step & CLEAR != 0)(lambda: tile(masked=False))
@@ -175,31 +199,37 @@ def flash_backward(
         width[axis] = (0, padded - n)
         return jnp.pad(x, width) if padded > n else x
 
-    lanes = lambda x: pad(x, 2).reshape(b * h, 1, padded)
-    rows = [heads_last(pad(x, 1)) for x in (q, g)]
-    operands = [rows[0], heads_last(k), heads_last(v), rows[1], lanes(lse * LOG2_E), lanes(delta)]
     row_block = lambda bh, i, steps, *_: query_block(steps[lax.rem(bh // h, steps.shape[0]), i])
-    lane_spec = pl.BlockSpec((1, 1, tiles.block_q), lambda bh, *s: (bh, 0, row_block(bh, *s)))
-    query_spec = block_spec(tiles.block_q, h, d, query_block)
     key_spec = block_spec(tiles.block_k, h, d, key_block)
-    specs = [query_spec, key_spec, key_spec, query_spec, lane_spec, lane_spec]
     if tiles.form == "columns":
+        rows = [_with_offset(q, -lse / d**-0.5), _with_offset(g, -delta)]
         # Transposed once here, not once a tile: the transpose unit is short of time in this form.
-        operands += [pad(x, 1).transpose(0, 2, 3, 1).reshape(b * h, d, padded) for x in (q, g)]
-        specs += [pl.BlockSpec((1, d, tiles.block_q), lambda bh, *s: (bh, 0, row_block(bh, *s)))] * 2
+        more = [pad(x, 1).transpose(0, 2, 3, 1).reshape(b * h, d, padded) for x in (q, g)]
+        more_specs = [pl.BlockSpec((1, d, tiles.block_q), lambda bh, *s: (bh, 0, row_block(bh, *s)))] * 2
+    else:
+        rows = [q, g]
+        more = [pad(x, 2).reshape(b * h, 1, padded) for x in (lse * LOG2_E, delta)]
+        more_specs = [pl.BlockSpec((1, 1, tiles.block_q), lambda bh, *s: (bh, 0, row_block(bh, *s)))] * 2
+    query_spec = block_spec(tiles.block_q, h, rows[0].shape[3], query_block)
+    rows = [heads_last(pad(x, 1)) for x in rows]
+    operands = [rows[0], heads_last(k), heads_last(v), rows[1], *more]
+    specs = [query_spec, key_spec, key_spec, query_spec, *more_specs]
     if plan.intervals:
         operands.append(pad(jnp.asarray(plan.bounds()), 1))
         specs.append(pl.BlockSpec((8, tiles.block_q), lambda bh, *s: (0, row_block(bh, *s))))
     prefetch = [plan.dynamic(valid), valid] if plan.limited else [jnp.asarray(plan.static())[None]]
-    vmem, keys = pltpu.VMEM, (d, tiles.block_k) if tiles.form == "columns" else (tiles.block_k, d)
+    vmem, by_columns = pltpu.VMEM, tiles.form == "columns"
+    keys = (d, tiles.block_k) if by_columns else (tiles.block_k, d)
+    turned = (_depth(d) if by_columns else d, tiles.block_k)
     scratch = [
         vmem((blocks_q, d, tiles.block_q), jnp.float32),
         vmem(keys, jnp.float32),
         vmem(keys, jnp.float32),
+        vmem(turned, k.dtype),
+        vmem((tiles.block_q, d), q.dtype),
     ]
-    scratch += [vmem((d, tiles.block_k), k.dtype), vmem((tiles.block_q, d), q.dtype)]
-    if tiles.form == "columns":
-        scratch.append(vmem((d, tiles.block_k), v.dtype))
+    if by_columns:
+        scratch.append(vmem(turned, v.dtype))
     dq, dk, dv = pl.pallas_call(
         functools.partial(_kernel, plan=plan, tiles=tiles, heads=h, head_dim=d, scale=d**-0.5),
         grid_spec=pltpu.PrefetchScalarGridSpec(
@@ -209,7 +239,7 @@ def flash_backward(
             out_specs=[pl.BlockSpec(memory_space=pl.ANY), key_spec, key_spec],
             scratch_shapes=scratch,
         ),
-        out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in operands[:3]],
+        out_shape=[jax.eval_shape(lambda x: heads_last(pad(x, 1)), q), *operands[1:3]],
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=tiles.vmem_limit
         ),

@@ -182,9 +182,15 @@ def _kernel(*refs, plan: Plan, tiles: ForwardTiles, heads: int, scale: float, fo
             acc[...] = (acc[...] + part[...]) * shrink
             total[...] = (total[...] + part_total[...]) * shrink
 
-    @pl.when(step & CLEAR != 0)
+    @pl.when((step & CLEAR != 0) & (at >= plan.context_blocks))
     def _():
-        tile(old_k_ref if plan.slots else k_ref, old_v_ref if plan.slots else v_ref, masked=False)
+        tile(k_ref, v_ref, masked=False)
+
+    if plan.slots:
+
+        @pl.when((step & CLEAR != 0) & (at < plan.context_blocks))
+        def _():
+            tile(old_k_ref, old_v_ref, masked=False)
 
     if plan.any_masked:
 

@@ -68,11 +68,13 @@ class Plan:
         return self.context_blocks * self.block_k
 
     def kinds(self) -> np.ndarray:
-        """Int [query blocks, key blocks] of CLEAR, MASKED, 0."""
+        """Int [query blocks, key blocks] of CLEAR, MASKED, 0, if all slots and keys are valid."""
         tiles = self.mask.tiles(self.block_q, self.block_k)
-        # With a context the kernel has one unmasked variant, and it reads context tiles.
-        own = np.where(tiles == FULL, MASKED if self.slots else CLEAR, np.where(tiles == SKIP, 0, MASKED))
-        return np.concatenate([np.full((len(own), self.context_blocks), CLEAR), own], axis=1)
+        own = np.where(tiles == FULL, CLEAR, np.where(tiles == SKIP, 0, MASKED))
+        context = np.full((len(own), self.context_blocks), CLEAR)
+        if self.slots % self.block_k:
+            context[:, -1] = MASKED
+        return np.concatenate([context, own], axis=1)
 
     def static(self) -> np.ndarray:
         """Int32 [steps], as if all slots and keys were valid."""

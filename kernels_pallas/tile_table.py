@@ -5,15 +5,19 @@
 
 TABLE = {
     ("v5e", "bounded"): (2048, 1024, 512),
+    ("v5e", "cached"): (4736, 1280, 256),
     ("v5e", "lagged"): (512, 1024, 512),
     ("v5e", "backward"): (1024, 1024, 512, "rows"),
     ("v5p", "bounded"): (2048, 1024, 512),
+    ("v5p", "cached"): (4736, 1280, 256),
     ("v5p", "lagged"): (512, 1024, 512),
     ("v5p", "backward"): (1024, 1024, 512, "rows"),
     ("v6e", "bounded"): (2048, 1024, 512),
+    ("v6e", "cached"): (4736, 1280, 256),
     ("v6e", "lagged"): (512, 1024, 512),
-    ("v6e", "backward"): (1024, 1024, 256, "columns"),
+    ("v6e", "backward"): (1024, 1024, 512, "columns"),
     ("tpu7x", "bounded"): (2048, 1024, 512),
+    ("tpu7x", "cached"): (4736, 1280, 256),
     ("tpu7x", "lagged"): (512, 1024, 512),
-    ("tpu7x", "backward"): (1024, 1024, 256, "columns"),
+    ("tpu7x", "backward"): (1024, 1024, 512, "columns"),
 }

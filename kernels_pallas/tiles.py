@@ -89,8 +89,8 @@ def fit(length: int, block: int, multiple: int) -> int:
     return -(-length // (blocks * multiple)) * multiple
 
 
-def choose(chip: Generation, n: int, m: int, head_dim: int) -> Tiles:
-    """Tiles for n queries and m keys (of the context, where there is one)."""
+def choose(chip: Generation, n: int, m: int, head_dim: int, cached: bool = False) -> Tiles:
+    """Tiles for n queries and m keys; `cached`: there is a context, and m counts its slots."""
     limit = int(VMEM_MIB[chip] * _CLAIM) * _MIB
 
     def forward(kind):
@@ -107,6 +107,5 @@ def choose(chip: Generation, n: int, m: int, head_dim: int) -> Tiles:
         block_q, block_k = fit(n, block_q, chunk), fit(m, block_k, LANES)
     # Tiles of doubled-buffered operands, scores and gradients need at most 20 MiB beside the accumulator.
     room = limit - 20 * _MIB
-    return Tiles(
-        forward("bounded"), forward("lagged"), BackwardTiles(block_q, block_k, chunk, form, room, limit)
-    )
+    backward = BackwardTiles(block_q, block_k, chunk, form, room, limit)
+    return Tiles(forward("cached" if cached else "bounded"), forward("lagged"), backward)

@@ -5,8 +5,8 @@ The cycles of a region of the schedule are the larger of its bundles (loops expa
 in the busiest matrix unit: an input queue hides bursts, but the unit cannot be faster than that. That is the
 low end of what a run can take; waits for HBM are not in it.
 
-A kernel has one or two *variants* of its tile (unmasked, masked): predicated regions, each with a like share of
-the kernel's matrix products.
+A kernel has up to three *variants* of its tile (unmasked, unmasked in a cache, masked): predicated regions, each
+with a like share of the kernel's matrix products.
 
 The dump is text without a documented format; this reads that of libtpu 0.0.42.
 """
@@ -21,6 +21,8 @@ import re
 import subprocess
 import sys
 import tempfile
+
+from kernels_pallas.steps import CLEAR, MASKED, Plan
 
 TOPOLOGIES = {"v5e": "v5e:2x4", "v5p": "v5p:2x2x1", "v6e": "v6e:2x4", "tpu7x": "tpu7x:2x2x1"}
 
@@ -141,9 +143,9 @@ def _read_kernel(name: str, bundles: list[str], vmem: int, chip: Chip) -> Kernel
     root = _regions(bundles, chip.branch_delay)
 
     def descend(region: Region) -> list[Region]:
-        """The innermost regions that hold at least 0.4 of their parent's products."""
+        """The innermost regions that hold at least 0.3 of their parent's products."""
         holds = count(region.start, region.end)
-        kids = [c for c in region.children if count(c.start, c.end) and count(c.start, c.end) >= 0.4 * holds]
+        kids = [c for c in region.children if count(c.start, c.end) and count(c.start, c.end) >= 0.3 * holds]
         return [r for kid in kids for r in descend(kid)] or [region]
 
     def variant(region: Region) -> Variant:
@@ -178,6 +180,13 @@ def read_dump(folder: pathlib.Path, chip: Chip) -> list[Kernel]:
         vmem = max((sum(int(x, 0) for x in _VMEM.findall(text)) for text in texts), default=0)
         found.append(_read_kernel(match[2], bundles, vmem, chip))
     return found
+
+
+def plan_cycles(kernel: Kernel, plan: Plan, array: bool = False) -> int:
+    """Of one head: unmasked tiles as the first variant, masked as the last; `array`: the products alone."""
+    kinds = plan.kinds()
+    cost = [v.array if array else v.cycles for v in (kernel.variants[0], kernel.variants[-1])]
+    return int((kinds == CLEAR).sum()) * cost[0] + int((kinds == MASKED).sum()) * cost[1]
 
 
 class CompileError(RuntimeError):
