@@ -75,17 +75,46 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     """
     devices = list(jax.devices() if devices is None else devices)
     config = config.resolve(len(devices))
-    slices = len({getattr(d, "slice_index", None) or 0 for d in devices})
+    slices: dict[int, list[jax.Device]] = {}
+    for device in devices:
+        slices.setdefault(getattr(device, "slice_index", None) or 0, []).append(device)
     if devices[0].platform != "tpu":
         grid = np.array(devices).reshape(config.sizes)
-    elif slices > 1:
-        require(config.data % slices == 0, "mesh.data", config.data, f"must be a multiple of {slices} slices")
-        grid = mesh_utils.create_hybrid_device_mesh(
-            (config.data // slices, config.fsdp, config.seq),
-            (slices, 1, 1),
-            devices,
-            allow_split_physical_axes=True,
-        )
     else:
-        grid = mesh_utils.create_device_mesh(config.sizes, devices, allow_split_physical_axes=True)
+        count = len(slices)
+        require(config.data % count == 0, "mesh.data", config.data, f"must be a multiple of {count} slices")
+        sizes = (config.data // count, config.fsdp, config.seq)
+        grid = np.concatenate([arrange(slices[index], sizes) for index in sorted(slices)])
     return Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+
+
+def arrange(devices: list[jax.Device], sizes: tuple[int, int, int]) -> np.ndarray:
+    """The devices of one slice, [data fsdp seq]: seq takes the chips of a host first, then neighbouring hosts.
+
+    JAX's own choice would lay seq along a whole dimension of the torus where one is as long, through half of each
+    host it meets: hosts would share samples in fours, and several would have to load the same ones.
+    """
+    places = np.array([(*device.coords, getattr(device, "core_on_chip", 0)) for device in devices])
+    places -= places.min(0)
+    hosts = np.array([device.process_index for device in devices])
+    host = np.ptp(places[hosts == hosts[0]], 0) + 1  # shape of a host's part of the torus
+    extent = places.max(0) + 1
+    corners = {tuple(x) for x in np.column_stack([hosts, *(places // host).T])}
+    if math.prod(extent) != len(devices) or len(corners) * math.prod(host) != len(devices):
+        return mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+
+    # Coordinates as digits: cores and chips of a host, then hosts along x, y, z, short dimensions first.
+    digits = [[places[:, d] % host[d], host[d]] for d in (3, 0, 1, 2)]
+    digits += [
+        [places[:, d] // host[d], extent[d] // host[d]] for d in np.argsort(extent // host, kind="stable")
+    ]
+    index, stride = np.zeros(len(devices), int), 1
+    for size in reversed(sizes):
+        for digit in digits:
+            taken = math.gcd(size, int(digit[1]))
+            index += digit[0] % taken * stride
+            stride, size = stride * taken, size // taken
+            digit[:] = digit[0] // taken, digit[1] // taken
+    grid = np.empty(len(devices), object)
+    grid[index] = devices
+    return grid.reshape(sizes)

@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from lingbot_jax import axes as ax
@@ -195,6 +196,15 @@ def _matmul(x: jax.Array, kernel: jax.Array) -> jax.Array:
     return (x.reshape(-1, x.shape[-1]) @ kernel).reshape(*x.shape[:-1], -1)
 
 
+@jax.custom_vjp
+def _by_rows(x: jax.Array) -> jax.Array:
+    """`x`, whose gradient lies in memory row by row: what the compiler lays out by columns it does not scatter."""
+    return x
+
+
+_by_rows.defvjp(lambda x: (x, None), lambda _, g: (with_layout_constraint(g, Layout((0, 1))),))
+
+
 def linear(x: jax.Array, kernel: nnx.Param) -> jax.Array:
     """x @ kernel in x's dtype, where kernel `[i o]` is sharded: the weights move, the activations stay.
 
@@ -214,10 +224,15 @@ def linear(x: jax.Array, kernel: nnx.Param) -> jax.Array:
 
     def product(x, local):
         whole = local.astype(x.dtype)
-        for dim, mesh_axes in enumerate(parts):
-            for mesh_axis in reversed(mesh_axes or ()):  # the last named axis is the minor one
-                whole = jax.lax.all_gather(whole, mesh_axis, axis=dim, tiled=True)
-        return _matmul(x, whole)
+        split = [dim for dim, mesh_axes in enumerate(parts) if mesh_axes]
+        # Split rows first: the TPU compiler scatters along rows, but sums a whole gradient to scatter columns.
+        transposed = split == [1]
+        whole = whole.T if transposed else whole
+        for dim in split:
+            for mesh_axis in reversed(parts[dim]):  # the last named axis is the minor one
+                whole = jax.lax.all_gather(whole, mesh_axis, axis=0 if transposed else dim, tiled=True)
+        whole = _by_rows(whole)
+        return _matmul(x, whole.T if transposed else whole)
 
     return jax.shard_map(product, in_specs=(placed, parts), out_specs=placed, check_vma=False)(x, kernel[...])
 

@@ -79,7 +79,7 @@ def one_device(accumulate: int):
 
 
 @pytest.mark.parametrize(
-    "sizes, accumulate", [((8, 1, 1), 1), ((1, 8, 1), 1), ((1, 1, 8), 1), ((2, 2, 2), 1), ((1, 2, 4), 2)]
+    "sizes, accumulate", [((8, 1, 1), 1), ((1, 8, 1), 1), ((1, 1, 8), 1), ((2, 2, 2), 2)]
 )
 def test_step_equals_one_device(sizes, accumulate):
     chosen = config(sizes, accumulate=accumulate)
