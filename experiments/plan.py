@@ -2,17 +2,20 @@
 
     python -m experiments.plan --config=experiments/configs/w14b.py:world --topology=v5p:4x4x4
     python -m experiments.plan --config=... --topology=v6e:8x8 --search
-    python -m experiments.plan --config=... --topology=v5p:8x8x8 --json
+    python -m experiments.plan --config=... --topology=v5p:8x8x8 --phase=3 --json
 
-Mesh, batch and rematerialisation are those of the config; --search tries others. docs/parallelism.md explains
-every figure. Needs the `tpu` extra (libtpu compiles on any Linux machine).
+Frames, size, batch, mesh and rematerialisation are those of the config, or with --phase those of one phase of its
+curriculum; --search tries other meshes. docs/parallelism.md explains every figure. Needs the `tpu` extra (libtpu
+compiles on any Linux machine).
 """
 
 import dataclasses
 import json
+import math
 import os
 import re
 import sys
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -23,32 +26,28 @@ from jax.experimental import topologies
 
 from experiments import common
 from experiments.common import UserError
-from lingbot_jax.config import ConfigError
+from lingbot_jax.config import require
 from lingbot_jax.models.dit import Condition
+from lingbot_jax.models.params import flat_params
 from lingbot_jax.parallel import multihost, sharding
 from lingbot_jax.parallel.hlo import Program
-from lingbot_jax.parallel.mesh import BATCH_AXES, MeshConfig, make_mesh
-from lingbot_jax.parallel.plan import (
-    chip,
-    collective_bytes,
-    forward_flops,
-    gathered_activations,
-    roofline,
-)
-from lingbot_jax.parallel.sequence import attention_kernel
+from lingbot_jax.parallel.intended import Intended, Matrix, state_faults
+from lingbot_jax.parallel.mesh import DATA, SEQ, MeshConfig, make_mesh
+from lingbot_jax.parallel.plan import chip, collective_bytes, forward_flops, roofline
 from lingbot_jax.training.config import TrainConfig
 from lingbot_jax.training.loop import jit_step, place_state
-from lingbot_jax.training.state import abstract_state
+from lingbot_jax.training.state import TrainState, abstract_model, abstract_state, take_expert
 from lingbot_jax.training.step import Batch
 
 CONFIG = common.define_config()
 TOPOLOGY = flags.DEFINE_string("topology", None, "TPU generation and shape, e.g. v5p:8x8x4 or v6e:8x8")
-SLICES = flags.DEFINE_integer("slices", 1, "slices of that shape, joined along the data axis")
-HEIGHT = flags.DEFINE_integer("height", 480, "pixels")
-WIDTH = flags.DEFINE_integer("width", 832, "pixels")
+SLICES = flags.DEFINE_integer("slices", 1, "slices of that shape, joined along the data axis", lower_bound=1)
+PHASE = flags.DEFINE_integer("phase", None, "plan curriculum[PHASE] of the config instead of its own fields")
+HEIGHT = flags.DEFINE_integer("height", None, "pixels; of the config's size by default")
+WIDTH = flags.DEFINE_integer("width", None, "pixels; of the config's size by default")
 TOKENS = flags.DEFINE_float("tokens", 1e11, "training tokens that chip_hours are for")
 SEARCH = flags.DEFINE_bool("search", False, "try meshes, rematerialisation and microbatches; print the best")
-TRIED = flags.DEFINE_integer("tried", 6, "candidates that --search compiles, most promising first")
+TRIED = flags.DEFINE_integer("tried", 6, "candidates --search compiles, most promising first", lower_bound=1)
 JSON = flags.DEFINE_bool("json", False, "print one JSON object")
 
 BACKWARD = 2.5  # of a self-attention forward: five products for two
@@ -81,14 +80,26 @@ class Size:
     tokens: int
 
 
-def size_of(config: TrainConfig, parts: int, height: int, width: int) -> Size:
-    """The size of a step in which each of `parts` loads config.data.batch clips. Raises ConfigError."""
-    model = config.model
-    for name, pixels, patch in (("height", height, model.patch[1]), ("width", width, model.patch[2])):
-        if pixels % (model.spatial_stride * patch):
-            raise UserError(f"--{name}={pixels}: must be a multiple of {model.spatial_stride * patch} pixels")
+def size_of(config: TrainConfig, parts: int, height: int | None, width: int | None) -> Size:
+    """The size of a step in which each of `parts` loads config.data.batch clips.
+
+    Args:
+      height, width: of the video; None: the config's.
+
+    Raises:
+      ConfigError, UserError: a length or a size that the model cannot take, or no size at all.
+    """
+    model, pixels = config.model, []
+    for name, given, own, patch in zip(
+        ("height", "width"), (height, width), config.size, model.patch[1:], strict=True
+    ):
+        value, multiple = own if given is None else given, model.spatial_stride * patch
+        if value <= 0 or value % multiple:
+            why = "the config has no size; " if given is None else ""
+            raise UserError(f"--{name}={value}: {why}give a multiple of {multiple} pixels")
+        pixels.append(value // model.spatial_stride)
     frames = 1 + (config.data.frames - 1) // model.mask_channels
-    h, w = height // model.spatial_stride, width // model.spatial_stride
+    h, w = pixels
     tokens = frames * (h // model.patch[1]) * (w // model.patch[2])
     return Size(frames, h, w, config.data.batch * parts, tokens)
 
@@ -107,29 +118,57 @@ def abstract_batch(config: TrainConfig, size: Size, mesh) -> Batch:
     return Batch(make(*video, model.latent_channels), condition)
 
 
-def _memory_error(error: Exception) -> tuple[float, float] | None:
-    """(needed, limit) in bytes, from the compiler's out-of-memory message."""
-    found = re.search(r"Used ([\d.]+)([KMG]) of ([\d.]+)([KMG]) hbm", str(error))
-    scale = {"K": 2**10, "M": 2**20, "G": 2**30}
-    return found and (float(found[1]) * scale[found[2]], float(found[3]) * scale[found[4]])
+def _memory_error(error: Exception) -> int | None:
+    """Bytes needed, from the compiler's out-of-memory message; of a step far too large it counts temporaries alone."""
+    text = " ".join(str(error).split())
+    found = re.search(r"Used ([\d.]+)([KMG]) of [\d.]+[KMG] hbm", text)
+    found = found or re.search(
+        r"required for HLO temporaries \(([\d.]+)([KMG])\) exceeds available HBM", text
+    )
+    return found and int(float(found[1]) * {"K": 2**10, "M": 2**20, "G": 2**30}[found[2]])
+
+
+# What a plan knows only of a step that compiled.
+UNKNOWN = (
+    "flops collective_bytes collective_bytes_intended faults seconds step_seconds_roofline bound_by mfu "
+)
+UNKNOWN += "mfu_without_overlap tokens_per_second chip_hours"
 
 
 def plan(
-    config: TrainConfig, topology: str, slices: int, height: int, width: int, tokens: float
+    config: TrainConfig,
+    topology: str,
+    slices: int = 1,
+    height: int | None = None,
+    width: int | None = None,
+    tokens: float = 1e11,
 ) -> dict[str, Any]:
-    """Compiles the step and returns everything --json prints. Raises ConfigError for sizes that do not divide."""
+    """Compiles the step and returns everything --json prints; what is not known of a step that does not fit is None.
+
+    Args:
+      slices: of the topology. height, width: of the video; None: the config's. tokens: that chip_hours are for.
+
+    Raises:
+      ConfigError, UserError: sizes that do not fit the model or do not divide over the mesh.
+    """
     devices = topology_devices(topology, slices)
     device = chip(topology)
     mesh = make_mesh(config.mesh, devices)
     size = size_of(config, len(multihost.data_parts(mesh)), height, width)
     accumulate = config.optimizer.accumulate
-    if size.batch % accumulate:
-        raise ConfigError(f"optimizer.accumulate = {accumulate}: must divide the batch of {size.batch}")
-    sharding.check_divides("batch of a microstep", size.batch // accumulate, BATCH_AXES, mesh)
-    placed = place_state(config, mesh)
-    state = sharding.specs(abstract_state(config), placed)
+    require(
+        size.batch % accumulate == 0, "optimizer.accumulate", accumulate, f"must divide {size.batch} clips"
+    )
+    rows, clips = mesh.size // mesh.shape[SEQ], config.data.batch
+    require(
+        size.batch // accumulate % rows == 0,
+        "data.batch",
+        clips,
+        f"a microstep of {size.batch // accumulate} clips must divide over data x fsdp = {rows}",
+    )
+    held, other, state, placed, alone = _state(config, mesh)
     batch = abstract_batch(config, size, mesh)
-    flops = forward_flops(config.model, size.frames, size.height, size.width)
+    held["batch"] = sharding.count_bytes(batch)
     report: dict[str, Any] = {
         "topology": topology,
         "chips": len(devices),
@@ -139,43 +178,59 @@ def plan(
         "remat": config.model.remat,
         "accumulate": accumulate,
         "hbm_limit_bytes": int(device.hbm),
-    }
-    held = {
-        "parameters": sharding.count_bytes((state.trainable, state.frozen)),
-        "ema": sharding.count_bytes(state.ema),
-        "optimizer": sharding.count_bytes(state.optimizer),
-        "batch": sharding.count_bytes(batch),
-    }
+        "fits": False,
+        "hbm_bytes_per_chip": held,
+    } | dict.fromkeys(UNKNOWN.split())
     with sharding.use(mesh):
-        lowered = jit_step(config, mesh, placed).lower(state, batch)
+        lowered = jit_step(alone, mesh, placed).lower(state, batch)
         try:
             compiled = lowered.compile()
         except jax.errors.JaxRuntimeError as error:
             needed = _memory_error(error)
             if needed is None:
                 raise
-            report |= {"fits": False, "hbm_limit_bytes": int(needed[1])}
-            return report | {"hbm_bytes_per_chip": held | {"total": int(needed[0])}}
+            return report | {"hbm_bytes_per_chip": held | {"total": needed + other}}
 
-    program = Program(compiled.as_text())
-    memory = compiled.memory_analysis()
+    # --- Memory. Outputs live in donated arguments, except for those that are not aliased.
+    program, memory = Program(compiled.as_text()), compiled.memory_analysis()
     stacked = program.stacked_bytes(config.model.layers, set(_shard_shapes(state)))
     held["activations"] = min(stacked, memory.temp_size_in_bytes)
     held["temporaries"] = memory.temp_size_in_bytes - held["activations"]
-    held["total"] = memory.argument_size_in_bytes + memory.temp_size_in_bytes
+    held["program"] = memory.generated_code_size_in_bytes
+    arguments, outputs = (
+        memory.argument_size_in_bytes,
+        memory.output_size_in_bytes - memory.alias_size_in_bytes,
+    )
+    held["total"] = arguments + outputs + memory.temp_size_in_bytes + held["program"] + other
 
-    # Passes of self-attention, from the kernels' runs: recomputation shows as a second forward.
-    forward = sum(runs for name, runs in program.kernels().items() if "forward" in name)
-    rings = mesh.shape["seq"] // _ulysses(config, mesh)
-    passes = round(forward / (config.model.layers * accumulate * rings))
+    # --- Arithmetic. Attention is computed again in the backward pass if a forward kernel is there.
+    flops = forward_flops(config.model, size.frames, size.height, size.width)
+    passes = 1 + any("rematted_computation" in op for op in program.kernel_calls("flash_forward"))
     attention = size.batch * flops.attention * (passes + BACKWARD) / mesh.size
     model_flops = 3.0 * size.batch * flops.total
+    repeated = flops.tokens + flops.cross + flops.text * mesh.shape[SEQ]
+
+    # --- Time, and whether it sends and holds what it should.
     line, found = roofline(program, mesh, device, attention_flops=attention, model_flops=model_flops)
-    repeated = flops.tokens + flops.cross + flops.text * mesh.shape["seq"]
+    intended = Intended(
+        mesh=dict(mesh.shape),
+        matrices=_matrices(alone),
+        microsteps=accumulate,
+        tokens=size.tokens,
+        text=config.model.text_len,
+        width=config.model.head_dim,
+        samples=size.batch // accumulate // rows,
+    )
+    split = {name: sharding.count_bytes(tree) for name, tree in _parts(state).items()} | {
+        "batch": held["batch"]
+    }
+    matrices, vectors = _whole_bytes(state)
+    devices_of_a_replica = mesh.size // mesh.shape[DATA]
+    faults = intended.faults(found)
+    faults += state_faults(split, matrices, vectors, devices_of_a_replica, arguments)
     per_second = size.batch * size.tokens / line.seconds
     return report | {
         "fits": held["total"] <= device.hbm,
-        "hbm_bytes_per_chip": held,
         "flops": {
             "model_per_step": model_flops,
             "forward_of_a_sample": dataclasses.asdict(flops),
@@ -183,9 +238,11 @@ def plan(
             "matmul_per_chip_hlo": program.matmul_flops(),
             "attention_per_chip": attention,
             "attention_forward_passes": passes,
+            "peak": line.peak,
         },
         "collective_bytes": collective_bytes(found),
-        "gathered_activations": len(gathered_activations(found, size.tokens, config.model.dim)),
+        "collective_bytes_intended": intended.bytes(),
+        "faults": faults,
         "seconds": line.terms | {"matmul": line.matmul, "attention": line.attention} | line.network,
         "step_seconds_roofline": line.seconds,
         "bound_by": line.bound_by,
@@ -196,13 +253,65 @@ def plan(
     }
 
 
+def _parts(state: TrainState) -> dict[str, Any]:
+    return {
+        "parameters": (state.trainable, state.frozen),
+        "ema": state.ema,
+        "optimizer": state.optimizer,
+    }
+
+
+def _whole_bytes(state: TrainState) -> tuple[dict[str, int], dict[str, int]]:
+    """Bytes of the matrices and of all else in each part of the state, unsplit."""
+    matrices, vectors = {}, {}
+    for name, tree in _parts(state).items():
+        sizes = {True: 0, False: 0}
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+            sizes[str(getattr(path[-1], "key", "")).endswith("kernel")] += (
+                math.prod(leaf.shape) * leaf.dtype.itemsize
+            )
+        matrices[name], vectors[name] = sizes[True], sizes[False]
+    return matrices, vectors
+
+
+def _state(config: TrainConfig, mesh) -> tuple[dict[str, int], int, TrainState, TrainState, TrainConfig]:
+    """The state as plans need it.
+
+    Returns:
+      Bytes on a device by part; bytes of them that the step does not see (of two experts, the other one); the
+      abstract state of the step, its shardings, and the run of one expert that the step is compiled from.
+    """
+    placed = place_state(config, mesh)
+    state = sharding.specs(abstract_state(config), placed)
+    held = {name: sharding.count_bytes(tree) for name, tree in _parts(state).items()}
+    if config.expert != "both":
+        return held, 0, state, placed, config
+    alone = dataclasses.replace(config, expert="high")
+    part = take_expert(state, "high")
+    return (
+        held,
+        sharding.count_bytes(state) - sharding.count_bytes(part),
+        part,
+        take_expert(placed, "high"),
+        alone,
+    )
+
+
+def _matrices(config: TrainConfig) -> tuple[Matrix, ...]:
+    """Every matrix of the model; those outside the blocks may be computed, and so sent, in float32."""
+    found, compute = [], jnp.dtype(config.model.dtype).itemsize
+    for leaf in flat_params(abstract_model(config)).values():
+        axes = leaf.get_metadata()["axes"]
+        if len(axes) == 2 and None not in axes:
+            stacked = len(leaf.shape) > 2
+            layers = leaf.shape[0] if stacked else 1
+            found.append(Matrix(leaf.shape[-2:], layers, compute if stacked else 4))
+    return tuple(found)
+
+
 def _shard_shapes(state) -> Iterator[tuple[int, ...]]:
     for leaf in jax.tree.leaves(state):
         yield leaf.sharding.shard_shape(leaf.shape)
-
-
-def _ulysses(config: TrainConfig, mesh) -> int:
-    return attention_kernel(mesh, config.model.heads, config.mesh.ulysses).ulysses
 
 
 # Bytes kept a token and layer between forward and backward, in multiples of (model width, feed-forward width) at 2
@@ -210,50 +319,61 @@ def _ulysses(config: TrainConfig, mesh) -> int:
 KEPT = {"none": (40, 3, 3.0), "dots": (9, 1, 3.4), "block": (1, 0, 4.0)}
 
 
-def candidates(config: TrainConfig, topology: str, slices: int, size: Size) -> list[TrainConfig]:
-    """Configs on other meshes, with other rematerialisation and microbatches, the most promising first."""
-    model, device = config.model, chip(topology)
-    devices = len(topology_devices(topology, slices))
-    frame = size.tokens // size.frames
-    ranked = []
+def candidates(
+    config: TrainConfig, topology: str, slices: int, height: int | None, width: int | None
+) -> list[TrainConfig]:
+    """Configs on other meshes, with other rematerialisation and microbatches, the most promising first.
+
+    A step keeps about the clips it has; where there are more rows of the mesh than clips, each row gets one.
+    """
+    model, device, devices = config.model, chip(topology), topology_devices(topology, slices)
+    own = size_of(config, len(multihost.data_parts(make_mesh(config.mesh, devices))), height, width)
+    frame, ranked = own.tokens // own.frames, []
     for seq in (1, 2, 4, 8, 16, 32):
-        if devices % (seq * slices) or frame % seq or model.dim % (devices // slices):
+        if len(devices) % (seq * slices) or frame % seq or model.dim % (len(devices) // slices):
             continue
+        mesh = MeshConfig(slices, -1, seq)
+        rows, parts = len(devices) // seq, len(multihost.data_parts(make_mesh(mesh, devices)))
+        samples = max(1, own.batch // rows)
         for remat, (wide, deep, passes) in KEPT.items():
             for accumulate in (1, 2, 4):
-                if config.data.batch % accumulate:
-                    continue
-                local = config.data.batch / accumulate * size.tokens / seq
+                local = samples // accumulate * own.tokens / seq
                 kept = 2 * local * model.layers * (wide * model.dim + deep * model.ffn)
-                if kept > device.hbm:
+                if samples % accumulate or kept > 0.9 * device.hbm:
                     continue
                 tried = dataclasses.replace(
                     config,
-                    mesh=MeshConfig(slices, -1, seq),
+                    mesh=mesh,
                     model=dataclasses.replace(model, remat=remat),
+                    data=dataclasses.replace(config.data, batch=samples * rows // parts),
                     optimizer=dataclasses.replace(config.optimizer, accumulate=accumulate),
+                    curriculum=(),
                 )
                 ranked.append(((passes, accumulate, seq), len(ranked), tried))
     return [tried for *_, tried in sorted(ranked, key=lambda r: r[:2])]
 
 
 def search(config: TrainConfig, tried: int, **where: Any) -> list[dict[str, Any]]:
-    """Compiles the first `tried` candidates that divide; those that fit come first, by model FLOP utilisation."""
-    parts = len(
-        multihost.data_parts(make_mesh(config.mesh, topology_devices(where["topology"], where["slices"])))
-    )
-    size = size_of(config, parts, where["height"], where["width"])
-    reports: list[dict[str, Any]] = []
-    for candidate in candidates(config, where["topology"], where["slices"], size):
-        if len(reports) == tried:
-            break
-        try:
-            reports.append(plan(candidate, **where))
-        except ConfigError as error:
-            print(f"skipped {candidate.mesh.sizes} {candidate.model.remat}: {error}", file=sys.stderr)
-    if not reports:
+    """Compiles the first `tried` candidates; those that fit come first, by model FLOP utilisation.
+
+    Says on stderr which one it compiles and how long the rest will take.
+    """
+    sizes = {name: where[name] for name in ("topology", "slices", "height", "width")}
+    found = candidates(config, **sizes)[:tried]
+    if not found:
         raise UserError(f"--search: no mesh of {where['topology']} divides this model and batch")
-    return sorted(reports, key=lambda r: (not r["fits"], -r.get("mfu", 0.0)))
+    reports: list[dict[str, Any]] = []
+    start = time.monotonic()
+    for i, candidate in enumerate(found):
+        mesh, left = candidate.mesh, (time.monotonic() - start) / max(i, 1) * (len(found) - i)
+        what = f"seq {mesh.seq}, remat {candidate.model.remat}, accumulate {candidate.optimizer.accumulate}"
+        print(
+            f"{i + 1}/{len(found)}: {what}" + (f"; {left:.0f} s left" if i else ""),
+            file=sys.stderr,
+            flush=True,
+        )
+        reports.append(plan(candidate, **where))
+    return sorted(reports, key=lambda r: (not r["fits"], -(r["mfu_without_overlap"] or 0.0)))
 
 
 def _gigabytes(values: dict[str, float]) -> str:
@@ -270,28 +390,41 @@ def describe(report: dict[str, Any]) -> str:
         f"  {'fits' if report['fits'] else 'DOES NOT FIT'}: {held['total'] / 1e9:.1f} of {limit / 1e9:.1f} GB a device",
         f"  HBM (GB): {_gigabytes(held)}",
     ]
-    if "seconds" not in report:
+    if report["seconds"] is None:
         return "\n".join(lines)
-    flops, seconds = report["flops"], report["seconds"]
+    flops, seconds, peak = report["flops"], report["seconds"], report["flops"]["peak"]
     ratio = flops["matmul_per_chip_hlo"] / flops["matmul_per_chip_analytic"]
+    hidden = max(seconds["compute"], seconds["hbm"])
     lines += [
         f"  model FLOPs a step {flops['model_per_step']:.3e}; a device runs {flops['matmul_per_chip_hlo']:.3e} in "
         f"matrix products ({ratio:.3f} of the analytic count), {flops['attention_per_chip']:.3e} in attention kernels",
-        "  received a device (GB): "
-        + "; ".join(f"{kind} {_gigabytes(row)}" for kind, row in report["collective_bytes"].items()),
+        *(f"  {kind} (GB): {_gigabytes(row)}" for kind, row in sorted(report["collective_bytes"].items())),
+        *([f"  FAULT: {fault}" for fault in report["faults"]] or ["  sends and holds what it should"]),
         "  seconds: " + ", ".join(f"{name} {value:.3f}" for name, value in seconds.items()),
-        f"  step {report['step_seconds_roofline']:.3f} s, bound by {report['bound_by']}; MFU {report['mfu']:.1%} = "
-        f"{flops['model_per_step']:.3e} / ({report['step_seconds_roofline']:.3f} s x peak), "
-        f"{report['mfu_without_overlap']:.1%} if no communication overlaps",
+        f"  step {report['step_seconds_roofline']:.3f} s, bound by {report['bound_by']}: MFU {report['mfu']:.1%} = "
+        f"{flops['model_per_step']:.3e} / ({report['step_seconds_roofline']:.3f} s x {peak:.3e} FLOP/s)",
+        f"  no communication hidden: {hidden + seconds['network']:.3f} s, MFU {report['mfu_without_overlap']:.1%}",
         f"  {report['tokens_per_second']:,.0f} tokens/s, {report['chip_hours']:,.0f} chip-hours",
     ]
     return "\n".join(lines)
+
+
+def chosen_phase(config: TrainConfig, phase: int | None) -> TrainConfig:
+    """The run, or the run of one phase of its curriculum. Raises UserError for a phase that there is not."""
+    if phase is None:
+        return config
+    count = len(config.curriculum)
+    if not 0 <= phase < count:
+        has = f"curriculum[0] to [{count - 1}]" if count else "no curriculum"
+        raise UserError(f"--phase={phase}: the config has {has}")
+    return config.phases()[phase]
 
 
 def main() -> None:
     config = common.load(CONFIG, TrainConfig)
     if TOPOLOGY.value is None:
         raise UserError("--topology is missing: give e.g. --topology=v5p:4x4x4")
+    config = chosen_phase(config, PHASE.value)
     where = {"topology": TOPOLOGY.value, "slices": SLICES.value, "height": HEIGHT.value, "width": WIDTH.value}
     where["tokens"] = TOKENS.value
     reports = search(config, TRIED.value, **where) if SEARCH.value else [plan(config, **where)]

@@ -13,6 +13,8 @@ import re
 
 import numpy as np
 
+from lingbot_jax.parallel.mesh import DATA
+
 _BYTES = {"pred": 1, "s4": 0.5, "u4": 0.5, "s8": 1, "u8": 1, "f8e4m3fn": 1, "f8e5m2": 1, "bf16": 2, "f16": 2}
 _BYTES |= {"s16": 2, "u16": 2, "s32": 4, "u32": 4, "f32": 4, "s64": 8, "u64": 8, "f64": 8, "c64": 8}
 _SHAPE = re.compile(r"\b([a-z]+\d*\w*)\[([\d,]*)\](\{[^}]*\})?")
@@ -123,18 +125,29 @@ class Program:
         if not self._entry:
             raise ValueError("not an HLO module: no ENTRY computation")
 
-    def trips(self, loop: Instruction) -> int:
-        """Runs of a while loop's body: the constant its counter is compared with."""
+    def trips(self, loop: Instruction, computation: dict[str, Instruction]) -> range:
+        """Values that the counter of a while loop takes: from its start to the constant it is compared with.
+
+        A scan whose first step was taken out of the loop starts at 1.
+        """
         found = re.search(r'known_trip_count[^}]*?"n":"(\d+)"', loop.rest)
         if found:
-            return int(found[1])
-        condition = self.computations[loop.attribute("condition")]
+            return range(int(found[1]))
+        condition, start = self.computations[loop.attribute("condition")], 0
         for compare in condition.values():
-            if compare.opcode == "compare" and "direction=LT" in compare.rest:
-                for operand in compare.operands:
-                    literal = condition[operand]
-                    if literal.opcode == "constant":
-                        return int(literal.arguments)
+            if compare.opcode != "compare" or "direction=LT" not in compare.rest:
+                continue
+            counter, bound = (condition[operand] for operand in compare.operands)
+            if bound.opcode != "constant":
+                continue
+            initial = computation.get(loop.operands[0])
+            if initial is not None and initial.opcode == "tuple" and (index := counter.attribute("index")):
+                value = computation.get(initial.operands[int(index)])
+                while value is not None and value.opcode == "copy":
+                    value = computation.get(value.operands[0])
+                if value is not None and value.opcode == "constant":
+                    start = int(value.arguments)
+            return range(start, int(bound.arguments))
         raise ValueError(f"while loop {loop.name}: its number of runs is not a constant")
 
     @functools.cached_property
@@ -146,7 +159,7 @@ class Program:
             runs[name] += times
             for made in self.computations[name].values():
                 if made.opcode == "while":
-                    visit(made.attribute("body"), times * self.trips(made))
+                    visit(made.attribute("body"), times * len(self.trips(made, self.computations[name])))
                 elif made.opcode in ("fusion", "async-start", "call"):
                     called = made.attribute("calls") or made.attribute("to_apply")
                     if called in self.computations:
@@ -167,14 +180,14 @@ class Program:
             if made.opcode in ("convolution", "dot")
         )
 
-    def kernels(self) -> dict[str, int]:
-        """Runs of hand-written kernels (tpu_custom_call), by name without its number."""
-        found: collections.Counter[str] = collections.Counter()
-        for name, times in self.runs.items():
-            for made in self.computations[name].values():
+    def kernel_calls(self, name: str) -> list[str]:
+        """The JAX operations that hand-written kernels (tpu_custom_call) with `name` in theirs come from."""
+        found = []
+        for computation in self.runs:
+            for made in self.computations[computation].values():
                 if made.opcode == "custom-call" and 'custom_call_target="tpu_custom_call"' in made.rest:
-                    found[re.sub(r"[.\d]+$", "", made.name)] += times
-        return dict(found)
+                    found += [_op(made)] if name in made.name else []
+        return found
 
     def hbm_bytes(self) -> int:
         """Bytes read from and written to HBM, taking operands and results of every fused operation once.
@@ -188,7 +201,7 @@ class Program:
             if m.opcode == "fusion"
         }
         bodies = {
-            made.attribute("body"): self.trips(made)
+            made.attribute("body"): self.trips(made, self.computations[name]).stop
             for name in self.runs
             for made in self.computations[name].values()
             if made.opcode == "while"
@@ -228,7 +241,8 @@ class Program:
         sizes = [0]
         for name in self.runs:
             for made in self.computations[name].values():
-                if made.opcode == "while" and "transpose(" not in made.rest and self.trips(made) == layers:
+                forward = made.opcode == "while" and "transpose(" not in made.rest
+                if forward and self.trips(made, self.computations[name]).stop == layers:
                     stacked = [s for s in made.shapes if len(s.dims) > 1 and s.dims[0] == layers]
                     sizes.append(sum(s.bytes for s in stacked if s.dims not in known))
         return max(sizes)
@@ -236,10 +250,21 @@ class Program:
     def collectives(self, mesh_shape: dict[str, int]) -> list[Collective]:
         """Every collective, with the axes of the mesh (name -> size, outermost first) that it spans."""
         found = []
+        starts = {
+            name
+            for name in self.runs
+            if any('"AsyncCollectiveStart"' in made.rest for made in self.computations[name].values())
+        }
         for name, times in self.runs.items():
             for made in self.computations[name].values():
+                if slices := _between_slices(made):
+                    kind, members = slices
+                    received = _received(kind, made.shapes[0].bytes, members) * times
+                    found.append(Collective(kind, (DATA,), made.shapes[:1], received, times, _op(made)))
+                    continue
                 kind = made.opcode.removesuffix("-start")
-                if kind not in _COLLECTIVES:
+                # One collective that is spread over several fusions stands in each: it counts where it starts.
+                if kind not in _COLLECTIVES or ("chain_id=" in made.rest and name not in starts):
                     continue
                 groups = replica_groups(made.rest)
                 axes = _axes(groups, mesh_shape)
@@ -249,10 +274,24 @@ class Program:
                     shapes = tuple(
                         Shape(s.dtype, (s.elements // groups.shape[1],), s.scratch) for s in shapes
                     )
-                op = re.search(r'op_name="([^"]*)"', made.rest)
                 received = _received(kind, sum(s.bytes for s in shapes), groups.shape[1])
-                found.append(Collective(kind, axes, shapes, received * times, times, op[1] if op else ""))
+                found.append(Collective(kind, axes, shapes, received * times, times, _op(made)))
         return found
+
+
+def _between_slices(made: Instruction) -> tuple[str, int] | None:
+    """(kind, slices) of a collective over the data-centre network: a `send` that the runtime carries out."""
+    kind = re.search(r'_xla_megascale_transfer_type="(\w+)"', made.rest)
+    if made.opcode != "send" or not kind:
+        return None
+    members = re.search(r'_xla_megascale_target="\{([\d,]+)\}', made.rest)
+    return kind[1].lower().replace("_", "-"), len(members[1].split(","))
+
+
+def _op(made: Instruction) -> str:
+    """The JAX operation an instruction comes from."""
+    found = re.search(r'op_name="([^"]*)"', made.rest)
+    return found[1] if found else ""
 
 
 def _received(kind: str, result: int, group: int) -> float:

@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-from typing import Any
 
 import numpy as np
 from jax.sharding import Mesh
@@ -18,7 +17,7 @@ class Chip:
     Attributes:
       flops: peak bf16 FLOP/s. hbm: bytes; bandwidth: bytes/s. link: bytes/s one way of one ICI link.
       torus: links a ring closes over: a dimension of this many chips (or a multiple) wraps around.
-      attention: fraction of peak at which the attention kernels' matrix products can run at head_dim 128.
+      attention: fraction of peak at which the attention kernels run at head_dim 128, waits for HBM not counted.
       dcn: bytes/s a chip over the data-centre network.
     """
 
@@ -34,12 +33,13 @@ class Chip:
 # Peaks and HBM: cloud.google.com/tpu/docs/{v5e,v5p,v6e,tpu7x}. One-way ICI bandwidth of a link: the tables of
 # jax-ml.github.io/scaling-book/tpus (v5e 4.5e10, v5p 9e10, v6e 9e10); tpu7x: 9.6 Tbit/s a chip over 6 links, both
 # ways. A tpu7x chip is two devices, so its figures are halved. Wrap-around: v5e and v6e only in full rows of 16, v5p
-# and tpu7x in multiples of 4. `attention`: on 256x256 matrix units head_dim 128 fills half (docs/kernels.md).
+# and tpu7x in multiples of 4. `attention`: ideal over static cycles of two forward tiles and a backward one
+# (docs/kernels.md), which head_dim 128 limits on 256x256 matrix units.
 CHIPS = {
     "v5e": Chip(flops=197e12, hbm=16e9, bandwidth=819e9, link=4.5e10, torus=16, attention=0.97),
     "v5p": Chip(flops=459e12, hbm=95e9, bandwidth=2765e9, link=9e10, torus=4, attention=0.97),
-    "v6e": Chip(flops=918e12, hbm=32e9, bandwidth=1640e9, link=9e10, torus=16, attention=0.66),
-    "tpu7x": Chip(flops=1153.5e12, hbm=96e9, bandwidth=3690e9, link=5e10, torus=4, attention=0.66),
+    "v6e": Chip(flops=918e12, hbm=32e9, bandwidth=1640e9, link=9e10, torus=16, attention=0.60),
+    "tpu7x": Chip(flops=1153.5e12, hbm=96e9, bandwidth=3690e9, link=5e10, torus=4, attention=0.63),
 }
 
 
@@ -99,7 +99,8 @@ def axis_bandwidth(mesh: Mesh, axes: tuple[str, ...], chip: Chip) -> float:
     """Bytes/s a device receives in a ring collective over these mesh axes.
 
     A ring along a torus dimension receives from both sides, and k dimensions carry k rings at once. Without
-    wrap-around a line carries half. Over slices it is the data-centre network that limits.
+    wrap-around a line carries half. Groups whose members are s chips apart share each link with s - 1 others. Over
+    slices it is the data-centre network that limits.
     """
     places = [list(mesh.shape).index(a) for a in axes]
     grid = np.moveaxis(mesh.devices, places, range(len(places)))
@@ -110,11 +111,12 @@ def axis_bandwidth(mesh: Mesh, axes: tuple[str, ...], chip: Chip) -> float:
     coords = np.array([d.coords for d in line])
     total = 0.0
     for dimension in range(coords.shape[1]):
-        spanned = len(set(coords[:, dimension]))
-        if spanned > 1:
-            extent = len(set(everywhere[:, dimension]))
-            wraps = spanned == extent and extent % chip.torus == 0
-            total += chip.link * (2 if wraps else 1)
+        positions = np.unique(coords[:, dimension])
+        if len(positions) > 1:
+            extent = len(np.unique(everywhere[:, dimension]))
+            stride = int(np.diff(positions).min())
+            wraps = len(positions) * stride == extent and extent % chip.torus == 0
+            total += chip.link * (2 if wraps else 1) / stride
     return total or 2 * chip.link  # two cores of one chip
 
 
@@ -197,26 +199,3 @@ def collective_bytes(found: list[Collective]) -> dict[str, dict[str, int]]:
         name = "+".join(collective.axes) or "none"
         row[name] = row.get(name, 0) + round(collective.bytes)
     return table
-
-
-def gathered_activations(found: list[Collective], tokens: int, dim: int) -> list[Any]:
-    """All-gathers over seq whose result holds as much as the activations of one sample's tokens.
-
-    There should be none: tokens travel by all-to-all (Ulysses) or permute (ring), weights are gathered.
-    """
-    suspicious = []
-    for collective in found:
-        if collective.kind == "all-gather" and "seq" in collective.axes:
-            suspicious += [
-                s for s in collective.shapes if _holds_tokens(s.dims, tokens) and s.elements >= tokens * dim
-            ]
-    return suspicious
-
-
-def _holds_tokens(dims: tuple[int, ...], tokens: int) -> bool:
-    """Whether neighbouring dimensions multiply to the number of tokens (frames x tokens a frame)."""
-    return any(
-        math.prod(dims[i:j]) % tokens == 0
-        for i in range(len(dims))
-        for j in range(i + 1, min(i + 3, len(dims)) + 1)
-    )

@@ -1,8 +1,10 @@
-"""Proof that the w14b world step fits the pods we name, with the collectives we meant (docs/parallelism.md).
+"""Proof that the w14b world step fits the pods we name, and sends what it should (docs/parallelism.md).
 
-Each row compiles the real step for a topology; several minutes each.
+Each row compiles the real step for a topology, minutes each; the first that breaks a promise ends the bench.
 """
 
+import sys
+import time
 from collections.abc import Iterator
 
 from experiments.configs.w14b import get_config
@@ -10,29 +12,31 @@ from experiments.plan import describe, plan
 from lingbot_jax.config import build
 from lingbot_jax.training.config import TrainConfig
 
-CASES = (("v5p:4x4x4", 81), ("v6e:8x8", 81), ("v5p:8x8x8", 961))
-MFU = {("v5p:4x4x4", 81): 0.45}
+# (topology, video frames) and the least MFU, with everything but the longest term hidden.
+CASES = {("v5p:4x4x4", 81): 0.45, ("v5p:8x8x8", 961): 0.0, ("v6e:8x8", 81): 0.0}
 
 
-def check(report: dict, frames: int) -> None:
-    """Raises AssertionError unless the step fits and communicates as intended."""
-    assert report["fits"], "does not fit"
-    assert report["gathered_activations"] == 0, "tokens are gathered over seq"
-    held, devices = report["hbm_bytes_per_chip"], report["chips"]
-    assert held["optimizer"] < 2.1 * held["parameters"], "optimiser state is replicated"
-    assert held["parameters"] < 1.02 * 4 * 14.4e9 / devices, "parameters are replicated"
-    assert report["mfu_without_overlap"] >= MFU.get((report["topology"], frames), 0.0)
-    kinds = report["collective_bytes"]
-    assert kinds["reduce-scatter"], "gradients are not scattered"
-    assert sum(kinds["all-reduce"].values()) < 0.1 * sum(kinds["all-gather"].values()), (
-        "gradients are summed whole"
-    )
+def check(report: dict, mfu: float) -> None:
+    """Raises AssertionError unless the step fits, is fast enough and sends and holds what it should."""
+    name = report["topology"]
+    assert report["fits"], f"{name}: does not fit"
+    assert report["faults"] == [], f"{name}: {report['faults']}"
+    # No fault is no proof where nothing was counted: the weights of 14B must be among what is sent and held.
+    for kind in ("all-gather", "reduce-scatter"):
+        sent = sum(report["collective_bytes"][kind].values())
+        meant = sum(report["collective_bytes_intended"][kind].values())
+        assert sent > 0.9 * meant, f"{name}: {kind} of {sent} bytes, meant are {meant}"
+    assert report["collective_bytes"]["all-to-all"]["seq"] > 0, f"{name}: no all-to-all over seq"
+    held = report["hbm_bytes_per_chip"]  # 14.3e9 parameters in float32; vectors of 2 MB a moment may be whole
+    assert held["optimizer"] < 1.07 * 2 * 4 * 14.3e9 / report["chips"], f"{name}: {held}"
+    assert report["mfu"] >= mfu, f"{name}: MFU {report['mfu']:.1%}, at least {mfu:.0%} is promised"
 
 
 def run() -> Iterator[str]:
-    for topology, frames in CASES:
-        values = get_config("world").to_dict()
+    for i, ((topology, frames), mfu) in enumerate(CASES.items()):
+        print(f"{i + 1}/{len(CASES)}: {frames} frames on {topology}", file=sys.stderr, flush=True)
+        values, start = get_config("world").to_dict(), time.monotonic()
         values["data"]["frames"] = frames
-        report = plan(build(TrainConfig, values), topology, 1, 480, 832, 1e11)
-        yield describe(report)
-        check(report, frames)
+        report = plan(build(TrainConfig, values), topology)
+        yield f"{frames} frames, {describe(report)}\n  compiled in {time.monotonic() - start:.0f} s"
+        check(report, mfu)

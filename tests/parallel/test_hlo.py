@@ -105,6 +105,31 @@ def test_batch_dots_of_tpus_are_not_overcounted():
     assert Program(text).matmul_flops() == 40 * 2 * 40 * 64 * 32 * 16
 
 
+def test_a_loop_with_its_first_step_taken_out_runs_once_less():
+    start = "  %one = s32[] constant(1)\n  %first = s32[] copy(%one)\n  %start ="
+    text = PROGRAM.replace("  %start =", start).replace("tuple(%arg)", "tuple(%first, %arg, %arg)")
+    assert Program(text).matmul_flops() == 39 * 2 * 16 * 8 * 8
+    assert Program(text).stacked_bytes(40, known=set()) == 40 * 4 * 8 * 4
+
+
+def test_a_collective_over_several_fusions_counts_once():
+    """TPUs put the steps of one gather into several fusions of a chain; the first of them starts it."""
+    gather = PROGRAM[PROGRAM.index("  %whole =") : PROGRAM.index("  %y =")]
+    chained = gather.replace("metadata=", 'frontend_attributes={chain_id="1"}, metadata=')
+    text = PROGRAM.replace(gather, chained)
+    assert [c.kind for c in Program(text).collectives(MESH)] == ["all-reduce"]
+    begun = chained + '  %go = u32[] custom-call(%whole), custom_call_target="AsyncCollectiveStart"\n'
+    assert len(Program(PROGRAM.replace(gather, begun)).collectives(MESH)) == 2
+
+
+def test_sums_between_slices_are_sends():
+    sent = "  %s = (f32[16,8]{1,0}, u32[], token[]) send(%y, %i), is_host_transfer=true, frontend_attributes="
+    sent += '{_xla_megascale_target="{1,2}x{0:7}",_xla_megascale_transfer_type="ALL_REDUCE"}\n'
+    text = PROGRAM.replace("  ROOT %out", sent + "  ROOT %out")
+    found = [c for c in Program(text).collectives(MESH | {"data": 2}) if c.axes == ("data",)]
+    assert [(c.kind, c.bytes) for c in found] == [("all-reduce", 40 * 2 * 16 * 8 * 4 / 2)]
+
+
 def test_unreadable_text_is_refused():
     with pytest.raises(ValueError, match="no ENTRY"):
         Program("not a program")

@@ -15,7 +15,6 @@ from lingbot_jax.parallel.plan import (
     chip,
     collective_bytes,
     forward_flops,
-    gathered_activations,
 )
 
 
@@ -52,6 +51,8 @@ def test_bandwidth_counts_rings_and_wrap_around():
     mesh = Grid(cube, (4, 4, 4))
     assert axis_bandwidth(mesh, ("seq",), v5p) == 2 * v5p.link  # a closed ring of 4
     assert axis_bandwidth(mesh, ("fsdp", "seq"), v5p) == 4 * v5p.link
+    strided = sorted(cube, key=lambda d: (d.coords[0] % 2, d.coords))
+    assert axis_bandwidth(Grid(strided, (2, 2, 16)), ("fsdp",), v5p) == v5p.link  # two groups interleaved
     v6e = chip("v6e:4x4")
     square = [Device((x, y, 0)) for x in range(4) for y in range(4)]
     assert axis_bandwidth(Grid(square, (1, 4, 4)), ("seq",), v6e) == v6e.link  # a line
@@ -68,15 +69,6 @@ def test_the_longest_term_binds():
     assert line.mfu_exposed == pytest.approx(1 / 1.9)
 
 
-def test_gathered_tokens_are_found():
-    tokens, dim = 21 * 1560, 5120
-
-    def gather(*dims, axes=("seq",)):
-        return Collective("all-gather", axes, (Shape("bf16", dims, False),), 1.0, 1, "")
-
-    assert gathered_activations([gather(1, 21, 1560, 5120)], tokens, dim)
-    assert gathered_activations([gather(32760, 5120)], tokens, dim)
-    assert not gathered_activations([gather(5120, 13824)], tokens, dim)  # weights
-    assert not gathered_activations([gather(1, 21, 1560, 5120, axes=("fsdp",))], tokens, dim)
-    assert not gathered_activations([gather(1, 21, 1560, 64)], tokens, dim)  # patches of the velocity
-    assert collective_bytes([gather(8), gather(8)]) == {"all-gather": {"seq": 2}}
+def test_collective_bytes_by_kind_and_axis():
+    gather = Collective("all-gather", ("seq",), (Shape("bf16", (8,), False),), 1.0, 1, "")
+    assert collective_bytes([gather, gather]) == {"all-gather": {"seq": 2}}
