@@ -7,7 +7,7 @@ With P = exp2(S - lse) and dS = P (dO V^T - delta), delta = rowsum(dO O), a tile
     columns  scores [queries keys]: dV^T += dO^T P, dK^T += Q^T dS, dQ^T += K^T dS^T. P and dS are the operands that are
              pushed, which fills a 256x256 unit at head_dim 128: 3.5 instead of 5 units of time a tile. S and dO V^T
              fill half of its depth at head_dim 128; -lse and -delta go into the other half, as channels of q and
-             dO that meet ones in k and v, so the unit subtracts them for nothing (`_with_offset`).
+             dO that meet ones in k and v, so the unit subtracts them for nothing (`with_offset`).
 
 dQ^T stays in VMEM for all queries of a head (4 bytes x n x head_dim) until the head is done, so no partial sums
 go to HBM. Nothing depends on a maximum: the log-sum-exp is exact, every P is at most 1.
@@ -48,7 +48,7 @@ def _depth(head_dim: int) -> int:
     return -(-(head_dim + 3) // 128) * 128
 
 
-def _with_offset(x: Float[Array, "b n h k"], offset: Float[Array, "b h n"]) -> Array:
+def with_offset(x: Float[Array, "b n h k"], offset: Float[Array, "b h n"]) -> Array:
     """`x` with `offset` in three more channels, whose sum is the offset to float32's precision, and then zeros.
 
     A product with ones for those channels adds the offset: three bfloat16 hold the 24 bits of a float32.
@@ -202,7 +202,7 @@ def flash_backward(
     row_block = lambda bh, i, steps, *_: query_block(steps[lax.rem(bh // h, steps.shape[0]), i])
     key_spec = block_spec(tiles.block_k, h, d, key_block)
     if tiles.form == "columns":
-        rows = [_with_offset(q, -lse / d**-0.5), _with_offset(g, -delta)]
+        rows = [with_offset(q, -lse / d**-0.5), with_offset(g, -delta)]
         # Transposed once here, not once a tile: the transpose unit is short of time in this form.
         more = [pad(x, 1).transpose(0, 2, 3, 1).reshape(b * h, d, padded) for x in (q, g)]
         more_specs = [pl.BlockSpec((1, d, tiles.block_q), lambda bh, *s: (bh, 0, row_block(bh, *s)))] * 2

@@ -51,6 +51,31 @@ CANDIDATES = {
 }
 
 
+# (mask, backward, generation): the candidate with the fewest cycles, as `search` prints them (libtpu 0.0.52).
+BEST = {
+    ("full", False, "v5e"): (2048, 2048, 1024),
+    ("full", False, "v5p"): (2048, 2048, 1024),
+    ("full", False, "v6e"): (4096, 1024, 256),
+    ("full", False, "tpu7x"): (1024, 2048, 1024),
+    ("full", True, "v5e"): (512, 512, 512),
+    ("full", True, "v5p"): (512, 512, 512),
+    ("full", True, "v6e"): (1024, 1024, 512),
+    ("full", True, "tpu7x"): (1024, 1024, 512),
+    ("causal", False, "v5e"): (2048, 1024, 256),
+    ("causal", False, "v5p"): (2048, 1024, 256),
+    ("causal", False, "v6e"): (1024, 2048, 1024),
+    ("causal", False, "tpu7x"): (1024, 2048, 1024),
+    ("causal", True, "v5e"): (512, 512, 512),
+    ("causal", True, "v5p"): (512, 512, 512),
+    ("causal", True, "v6e"): (1024, 1024, 512),
+    ("causal", True, "tpu7x"): (512, 2048, 512),
+    ("cached", False, "v5e"): (4736, 1024, 256),
+    ("cached", False, "v5p"): (4736, 1024, 256),
+    ("cached", False, "v6e"): (4736, 1024, 256),
+    ("cached", False, "tpu7x"): (4736, 1024, 256),
+}
+
+
 def build(devices, block_q: int, block_k: int, compute: int, causal: bool, backward: bool):
     """One head, four tiles long: a tile's schedule does not depend on the length."""
     import jax
@@ -111,8 +136,6 @@ def search() -> dict:
             best[mask, backward, chip] = min(costs, key=costs.get)
     return best
 
-
-BEST = {}
 
 if __name__ == "__main__":
     for key, blocks in search().items():

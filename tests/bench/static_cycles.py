@@ -8,7 +8,7 @@ low end of what a run can take; waits for HBM are not in it.
 A kernel has up to three *variants* of its tile (unmasked, unmasked in a cache, masked): predicated regions, each
 with a like share of the kernel's matrix products.
 
-The dump is text without a documented format; this reads that of libtpu 0.0.42.
+The dump is text without a documented format; this reads that of libtpu 0.0.42 to 0.0.52.
 """
 
 import collections

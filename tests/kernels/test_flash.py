@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from kernels_pallas.cached_attention import cached_attention
 from kernels_pallas.context import Context, valid_slots
 from kernels_pallas.flash_attention import SCORE_LOG2, bounded_is_safe, flash_attention
+from kernels_pallas.flash_backward import with_offset
 from kernels_pallas.flash_forward import LOG2_E, flash_forward
 from kernels_pallas.mask import Mask
 from kernels_pallas.steps import CLEAR, MASKED, Plan, key_block, query_block
@@ -183,6 +184,16 @@ def test_rms_normed_inputs_take_the_bounded_form():
     assert bounded_is_safe((2.2 * q).astype(BF16), (2.2 * k).astype(BF16), v)
     assert not bounded_is_safe((2.3 * q).astype(BF16), (2.3 * k).astype(BF16), v)
     assert not bounded_is_safe(q.at[0, 0, 0, 0].set(jnp.nan).astype(BF16), k.astype(BF16), v)
+
+
+def test_offset_channels_hold_a_float32():
+    """Three bfloat16 channels add up to the offset, exactly, and the rest of the register is zeros."""
+    offset = 1e4 * jax.random.normal(jax.random.key(0), (1, 2, 64))
+    x = normal(1, 1, 64, 2, 128)
+    wide = jax.jit(with_offset)(x, offset)
+    assert wide.shape == (1, 64, 2, 256) and not np.asarray(wide[..., 131:], np.float32).any()
+    total = np.asarray(wide[..., 128:131], np.float64).sum(-1)
+    np.testing.assert_array_equal(total.swapaxes(1, 2), np.asarray(offset, np.float64))
 
 
 def test_hidden_tiles_are_no_steps():
