@@ -166,7 +166,7 @@ def plan(
         clips,
         f"a microstep of {size.batch // accumulate} clips must divide over data x fsdp = {rows}",
     )
-    held, other, state, placed, alone = _state(config, mesh)
+    held, other, state, placed, alone = step_state(config, mesh)
     batch = abstract_batch(config, size, mesh)
     held["batch"] = sharding.count_bytes(batch)
     report: dict[str, Any] = {
@@ -274,7 +274,7 @@ def _whole_bytes(state: TrainState) -> tuple[dict[str, int], dict[str, int]]:
     return matrices, vectors
 
 
-def _state(config: TrainConfig, mesh) -> tuple[dict[str, int], int, TrainState, TrainState, TrainConfig]:
+def step_state(config: TrainConfig, mesh) -> tuple[dict[str, int], int, TrainState, TrainState, TrainConfig]:
     """The state as plans need it.
 
     Returns:

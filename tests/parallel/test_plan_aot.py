@@ -14,7 +14,7 @@ pytest.importorskip("libtpu", reason="no libtpu")
 
 import experiments.plan  # noqa: E402
 from experiments.common import UserError  # noqa: E402
-from experiments.plan import candidates, chosen_phase, describe, plan, topology_devices  # noqa: E402
+from experiments.plan import candidates, chosen_phase, describe, plan, step_state, topology_devices  # noqa: E402
 from lingbot_jax.config import ConfigError, DiTConfig  # noqa: E402
 from lingbot_jax.data.loader import LoaderConfig  # noqa: E402
 from lingbot_jax.models import dit, layers  # noqa: E402
@@ -128,6 +128,17 @@ def test_phases_are_planned_by_their_number():
         chosen_phase(run, 2)
     with pytest.raises(UserError, match="--phase=0: the config has no curriculum"):
         chosen_phase(SMALL, 0)
+
+
+def test_of_two_experts_one_is_stepped_and_both_are_held():
+    mesh = make_mesh(SMALL.mesh, topology_devices("v5p:2x2x2"))
+    one, other, *_ = step_state(SMALL, mesh)
+    assert other == 0
+    held, other, state, placed, alone = step_state(dataclasses.replace(SMALL, expert="both"), mesh)
+    assert held["parameters"] == 2 * one["parameters"] and held["ema"] == 2 * one["ema"]
+    assert other == pytest.approx(sum(one.values()), rel=0.001)
+    assert alone.expert == "high" and "blocks.ffn.up.kernel" in state.trainable
+    assert jax.tree.structure(state) == jax.tree.structure(placed)
 
 
 def test_candidates_divide_the_mesh():
