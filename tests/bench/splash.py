@@ -72,7 +72,7 @@ BEST = {
     ("cached", False, "v5e"): (4736, 1024, 256),
     ("cached", False, "v5p"): (4736, 1024, 256),
     ("cached", False, "v6e"): (4736, 1024, 256),
-    ("cached", False, "tpu7x"): (4736, 1024, 256),
+    ("cached", False, "tpu7x"): (4736, 2048, 1024),
 }
 
 
