@@ -14,6 +14,8 @@ from lingbot_jax.config import ConfigError
 from lingbot_jax.parallel import multihost
 from tests.training import micro
 
+# The programs are toys: time goes into compiling them, so optimise little.
+FAST = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 STEPS = 12  # the learning rate depends on it: every run here has the same
 
 
@@ -29,7 +31,7 @@ def start(folder, run: str, steps: int = STEPS) -> list[subprocess.Popen]:
         subprocess.Popen(
             [*command, f"--process={i}"],
             cwd=micro.ROOT,
-            env=os.environ | {"JAX_PLATFORMS": "cpu"},
+            env=os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": FAST},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -54,7 +56,7 @@ def finish(processes: list[subprocess.Popen]) -> None:
 
 def alone(*arguments, devices: int = 1) -> str:
     """Runs a program of `one_process`."""
-    flags = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
+    flags = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": f"{FAST} --xla_force_host_platform_device_count={devices}"}
     done = subprocess.run(
         [sys.executable, "-m", "tests.parallel.one_process", *map(str, arguments)],
         cwd=micro.ROOT,
