@@ -42,7 +42,7 @@ setup(
     packages=find_packages(include=["lingbot_jax*", "kernels_pallas*", "experiments*"]),
     install_requires=CORE + TEXT,
     extras_require={
-        "tpu": ["libtpu>=0.0.42"],
+        "tpu": ["jax[tpu]>=0.10.2,<0.11"],  # the libtpu that this JAX was made for
         "data": DATA,
         "serve": SERVE,
         "eval": EVAL,

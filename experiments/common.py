@@ -24,7 +24,11 @@ class UserError(Exception):
 def define_config(default: str | None = None) -> flags.FlagHolder:
     """Defines --config=FILE.py:ARGUMENT, with --config.FIELD=VALUE overrides of known fields only."""
     return config_flags.DEFINE_config_file(
-        "config", default, "config file, e.g. experiments/configs/tiny.py:world", lock_config=True
+        "config",
+        default,
+        "config file, e.g. experiments/configs/tiny.py:world",
+        lock_config=True,
+        allow_override=True,  # a program that imports two experiments has the flag once
     )
 
 

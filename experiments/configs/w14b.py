@@ -12,7 +12,7 @@ one expert; the other with --config.expert=low --config.run=runs/w14b/world-low;
     python -m experiments.plan --config=experiments/configs/w14b.py:world --topology=v5p:8x8x8 \
         --config.data.frames=961
 
-Both plan the fields below, not the curriculum: what plan compiles is a phase.
+Both plan the fields below; with --phase=N, curriculum[N].
 """
 
 import dataclasses

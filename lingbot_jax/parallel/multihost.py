@@ -3,13 +3,16 @@
 JAX starts and watches the processes (`jax.distributed`): a coordinator in process 0 hears a heartbeat of each.
 What is added here are the things a training job must agree on, and a clean end when a process is gone:
 
-    a process is killed  -> its peers fail in the next collective (gloo: at once) or miss its heartbeat
-                            (`HEARTBEAT` seconds); `guard` turns either into one line and exit code 75
+    a process is killed  -> its peers fail in the next collective (gloo: at once), which `guard` turns into one line
+                            and exit code 75
+    a process hangs      -> JAX misses its heartbeat after `HEARTBEAT` seconds, says so and aborts its peers (SIGABRT,
+                            in a shell 134): no Python code gets a say
     SIGTERM (preemption) -> all processes stop after the same step (`Stop`), whichever got the signal
-    afterwards           -> the same command resumes from the newest checkpoint; a scheduler may loop on 75
+    afterwards           -> the same command resumes from the newest checkpoint; a scheduler may loop on 75 and 134
 """
 
 import contextlib
+import faulthandler
 import os
 import signal
 import sys
@@ -168,6 +171,8 @@ def guard() -> Iterator[None]:
 
     The exit is immediate: an orderly one would wait for the lost process, in vain.
     """
+    if jax.process_count() > 1:
+        faulthandler.disable()  # its dump of every thread would bury what JAX says before it aborts
     try:
         yield
     except Exception as error:

@@ -20,28 +20,37 @@ from lingbot_jax.training.loop import train
 
 
 class Merged:
-    """The loaders of all processes as one: their batches behind each other."""
+    """The loaders of all parts of a batch as one: their windows behind each other."""
 
     def __init__(self, loaders):
         self._loaders = loaders
 
     def __next__(self):
         windows = [next(loader) for loader in self._loaders]
-        ids = [set(window["record_ids"]) for window in windows]
-        assert not ids[0] & ids[1], "two processes loaded the same clip"
-        return {name: np.concatenate([w[name] for w in windows]) for name in windows[0]}
+        merged = {name: np.concatenate([w[name] for w in windows]) for name in windows[0]}
+        assert len(set(merged["record_ids"])) == len(merged["record_ids"]), "a clip was loaded twice"
+        return merged
 
     def get_state(self):
         return {}
+
+    def close(self):
+        for loader in self._loaders:
+            loader.close()
 
 
 def merged(folder: pathlib.Path, run: str) -> None:
     """Trains like the two processes of `run`, in one process on one device, into `run`-merged."""
     config = load_config(folder / run)
-    config = dataclasses.replace(config, run=str(folder / f"{run}-merged"))
-    loaders = [TrainLoader(config.data, (index, 2)) for index in range(2)]
+    parts = {phase.data: phase.mesh.fsdp for phase in config.phases()}
+    alone = tuple(dataclasses.replace(phase, mesh=MeshConfig()) for phase in config.curriculum)
+    config = dataclasses.replace(config, run=str(folder / f"{run}-merged"), curriculum=alone)
     text_encoder = HashedNgramEncoder(config.model.text_dim, config.model.text_len)
-    train(config, load_linear(config.codec), text_encoder, make_loader=lambda *_: Merged(loaders))
+
+    def make_loader(data, _, transform):
+        return Merged([TrainLoader(data, (index, parts[data]), transform) for index in range(parts[data])])
+
+    train(config, load_linear(config.codec), text_encoder, make_loader=make_loader)
 
 
 def restore(folder: pathlib.Path, run: str) -> None:

@@ -12,20 +12,24 @@ import pytest
 
 from lingbot_jax.config import ConfigError
 from lingbot_jax.parallel import multihost
+from lingbot_jax.parallel.mesh import MeshConfig
+from lingbot_jax.training.config import CheckpointConfig, Phase
 from tests.training import micro
 
 # The programs are toys: time goes into compiling them, so optimise little.
 FAST = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
-STEPS = 12  # the learning rate depends on it: every run here has the same
+STEPS = 12
+# First each process has samples of its own, then both share the tokens of the same ones.
+PHASES = Phase(6, frames=9, mesh=MeshConfig(1, 2, 1)), Phase(100000, mesh=MeshConfig(1, 1, 2))
 
 
 def start(folder, run: str, steps: int = STEPS) -> list[subprocess.Popen]:
-    """Both processes of a training run."""
+    """Both processes of a training run whose mesh changes half-way."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, "-m", "experiments.train", "--config=experiments/configs/tiny.py:world"]
-    command += micro.overrides(folder, run, steps=steps, **{"checkpoint.every": 3})
+    fields = {"steps": steps, "curriculum": PHASES, "checkpoint": CheckpointConfig(every=3)}
+    command = micro.command(micro.config(folder, run, **fields))
     command += ["--distributed", f"--coordinator=127.0.0.1:{port}", "--processes=2"]
     return [
         subprocess.Popen(
@@ -98,13 +102,35 @@ def test_a_killed_process_ends_the_other_and_the_run_resumes(folder):
     began = time.monotonic()
     _, errors = processes[0].communicate(timeout=90)
     assert time.monotonic() - began < 60
-    assert processes[0].returncode == multihost.LOST, errors[-3000:]
-    assert "error: process 0 of 2: another process was lost" in errors
-    assert "run the same command again" in errors
+    if processes[0].returncode == -signal.SIGABRT:  # it was not in a collective
+        assert_aborted(errors)
+    else:
+        assert processes[0].returncode == multihost.LOST, errors[-3000:]
+        assert "error: process 0 of 2: another process was lost" in errors
+        assert "run the same command again" in errors
     processes[1].communicate()
 
     finish(start(folder, "killed"))
     assert micro.losses(folder, "killed") == micro.losses(folder, "whole")
+
+
+def test_a_process_that_hangs_ends_the_other(folder):
+    processes = start(folder, "hangs")
+    wait_for_step(folder / "hangs", 1, processes)
+    processes[1].send_signal(signal.SIGSTOP)
+    began = time.monotonic()
+    _, errors = processes[0].communicate(timeout=90)
+    assert time.monotonic() - began < 60
+    assert processes[0].returncode == -signal.SIGABRT, errors[-3000:]
+    assert_aborted(errors)
+    processes[1].kill()
+    processes[1].communicate()
+
+
+def assert_aborted(errors: str) -> None:
+    """JAX's message, and no dump of threads after it."""
+    assert "This most likely indicates that another task died" in errors, errors[:3000]
+    assert "most recent call first" not in errors
 
 
 def test_preemption_of_one_process_stops_both_at_the_same_step(folder):

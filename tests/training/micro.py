@@ -127,42 +127,26 @@ def train(config: TrainConfig) -> None:
     experiment.run(config)
 
 
-def start(config: TrainConfig) -> subprocess.Popen:
-    """`python -m experiments.train` in a process of its own."""
+def command(config: TrainConfig) -> list[str]:
+    """`python -m experiments.train` of a run, by a config file beside it."""
     path = pathlib.Path(config.run).with_suffix(".config.py")
     path.write_text(
         f"from ml_collections import ConfigDict\ndef get_config():\n"
         f"    return ConfigDict({dataclasses.asdict(config)!r})\n"
     )
-    command = [sys.executable, "-m", "experiments.train", f"--config={path}"]
+    return [sys.executable, "-m", "experiments.train", f"--config={path}"]
+
+
+def start(config: TrainConfig) -> subprocess.Popen:
+    """The command in a process of its own."""
     return subprocess.Popen(
-        command,
+        command(config),
         cwd=ROOT,
         env=os.environ | {"JAX_PLATFORMS": "cpu"},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
     )
-
-
-def overrides(folder: pathlib.Path, run: str, **fields: object) -> list[str]:
-    """Flags that turn experiments/configs/tiny.py:world into a run of seconds."""
-    small = {
-        "run": folder / run,
-        "codec": folder / "codec.safetensors",
-        "data.path": folder / "data",
-        "data.frames": FRAMES,
-        "data.batch": 4,
-        "model.dim": 32,
-        "model.layers": 2,
-        "model.heads": 2,
-        "model.ffn": 48,
-        "model.latent_channels": 8,
-        "tasks.max_given": 2,
-        "log_every": 1,
-        "checkpoint.every": 4,
-    }
-    return [f"--config.{name}={value}" for name, value in (small | fields).items()]
 
 
 def losses(folder: pathlib.Path, run: str) -> dict[int, float]:
