@@ -16,10 +16,8 @@ from lingbot_jax.parallel.mesh import DATA, FSDP, SEQ
 PADDING = 8 << 20  # bytes of arguments: vectors are padded to whole tiles
 SLACK = 1.1  # the compiler pads what it scatters, and gathers some small parameters in the same way
 SUMMED = 0.2  # of the scattered bytes: the sums that are meant
-ROWS, LANES = (
-    8,
-    128,
-)  # a register: pieces that are not whole ones are not scattered by the compiler, but summed
+# A register: pieces that are not whole ones are not scattered by the compiler, but summed.
+ROWS, LANES = 8, 128
 
 
 @dataclasses.dataclass(frozen=True)
