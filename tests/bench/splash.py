@@ -51,15 +51,15 @@ CANDIDATES = {
 }
 
 
-# (mask, backward, generation): the candidate with the fewest cycles, as `search` prints them (libtpu 0.0.52).
+# (mask, backward, generation): the candidate with the fewest cycles, as `search` prints them (libtpu 0.0.42.1).
 BEST = {
-    ("full", False, "v5e"): (2048, 2048, 1024),
+    ("full", False, "v5e"): (1024, 2048, 1024),
     ("full", False, "v5p"): (2048, 2048, 1024),
-    ("full", False, "v6e"): (4096, 1024, 256),
-    ("full", False, "tpu7x"): (1024, 2048, 1024),
+    ("full", False, "v6e"): (2048, 2048, 1024),
+    ("full", False, "tpu7x"): (2048, 2048, 1024),
     ("full", True, "v5e"): (512, 512, 512),
     ("full", True, "v5p"): (512, 512, 512),
-    ("full", True, "v6e"): (1024, 1024, 512),
+    ("full", True, "v6e"): (512, 2048, 512),
     ("full", True, "tpu7x"): (1024, 1024, 512),
     ("causal", False, "v5e"): (2048, 1024, 256),
     ("causal", False, "v5p"): (2048, 1024, 256),
@@ -67,11 +67,11 @@ BEST = {
     ("causal", False, "tpu7x"): (1024, 2048, 1024),
     ("causal", True, "v5e"): (512, 512, 512),
     ("causal", True, "v5p"): (512, 512, 512),
-    ("causal", True, "v6e"): (1024, 1024, 512),
+    ("causal", True, "v6e"): (512, 2048, 512),
     ("causal", True, "tpu7x"): (512, 2048, 512),
     ("cached", False, "v5e"): (4736, 1024, 256),
     ("cached", False, "v5p"): (4736, 1024, 256),
-    ("cached", False, "v6e"): (4736, 1024, 256),
+    ("cached", False, "v6e"): (4736, 2048, 1024),
     ("cached", False, "tpu7x"): (4736, 2048, 1024),
 }
 
