@@ -33,7 +33,7 @@ from lingbot_jax.control import keyboard, poses
 from lingbot_jax.diffusion.guidance import Guidance
 from lingbot_jax.models.codec import to_uint8
 from lingbot_jax.models.experts import NoiseExperts
-from lingbot_jax.models.text import TextEncoder
+from lingbot_jax.models.text import TextEncoder, fills
 from lingbot_jax.rollout.bidirectional import SampleConfig, sample_clips
 from lingbot_jax.rollout.causal import CausalConfig
 from lingbot_jax.rollout.stream import Session, SessionConfig
@@ -214,8 +214,8 @@ def check_prompt(text_encoder: TextEncoder, prompt: str, field: str = "prompt") 
     """Raises ConfigError where a prompt is empty or would be cut."""
     require(bool(prompt.strip()), field, prompt, "is empty; describe the world in a sentence")
     shown = prompt if len(prompt) < 40 else prompt[:37] + "..."
-    full = np.any(text_encoder.encode([prompt])[0, -1])
-    require(not full, field, shown, f"too long: it fills all {text_encoder.length} text tokens; shorten it")
+    fits = not fills(text_encoder, [prompt])[0]
+    require(fits, field, shown, f"too long: it fills all {text_encoder.length} text tokens; shorten it")
 
 
 def required(name: str) -> Any:

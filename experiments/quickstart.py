@@ -30,6 +30,7 @@ from experiments.configs import tiny
 from lingbot_jax.data.loader import evaluation_batches
 from lingbot_jax.data.video import write_image
 from lingbot_jax.evaluation.report import Report, plot_lines
+from lingbot_jax.models.text import HashedNgramEncoder, fills
 from lingbot_jax.training.checkpoints import load_config
 from lingbot_jax.training.metrics import read_metrics
 
@@ -103,10 +104,15 @@ def stages(root: pathlib.Path) -> list[Stage]:
 
 
 def walk_arguments(root: pathlib.Path) -> list[str]:
-    """A walk from a held-out first frame, the most colourful one, in windows of the length that was trained."""
+    """A walk from a held-out first frame, in windows of the length that was trained.
+
+    The frame is the most colourful of those whose caption the model can read to its end.
+    """
     run = load_config(root / "action")
     clips = next(evaluation_batches(dataclasses.replace(run.data, frames=1, batch=64)))
-    best = int(np.argmax(clips["frames"].std(axis=(1, 2, 3)).sum(-1)))
+    text_encoder = HashedNgramEncoder(run.model.text_dim, run.model.text_len)
+    colour = clips["frames"].std(axis=(1, 2, 3)).sum(-1)
+    best = int(np.argmax(np.where(fills(text_encoder, clips[run.tasks.caption]), -1, colour)))
     image = root / "first_frame.png"
     write_image(image, clips["frames"][best, 0])
     collected = json.loads((root / "data" / "dataset.json").read_text())["config"]

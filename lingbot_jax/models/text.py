@@ -43,6 +43,11 @@ class TextEncoder(Protocol):
         """Encodes each text; longer ones are cut to `length` tokens, as published."""
 
 
+def fills(encoder: TextEncoder, texts: Sequence[str]) -> Bool[np.ndarray, "b"]:
+    """Which texts take all tokens of the encoder, so that an end may have been cut off."""
+    return np.any(encoder.encode(texts)[:, -1], axis=-1)
+
+
 def clean(text: str) -> str:
     """Published cleaning: mojibake repaired, HTML entities unescaped twice, white space collapsed."""
     text = html.unescape(html.unescape(ftfy.fix_text(text)))

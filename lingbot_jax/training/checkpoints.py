@@ -45,7 +45,9 @@ class Checkpoints:
             except OSError as error:
                 raise ConfigError(f"run = {str(run)!r}: cannot be written ({error.strerror})") from None
         options = ocp.CheckpointManagerOptions(
-            max_to_keep=config.keep,
+            max_to_keep=None if read_only else config.keep,
+            save_interval_steps=0 if read_only else 1,
+            create=not read_only,
             enable_async_checkpointing=True,
             cleanup_tmp_directories=not read_only,  # what a killed run left half written
             read_only=read_only,
