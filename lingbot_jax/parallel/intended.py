@@ -81,7 +81,7 @@ class Intended:
         across = {c.kind for c in found if DATA in c.axes} - {"all-reduce"}
         if across:
             lines.append(f"{', '.join(sorted(across))} over data, where only gradients are summed")
-        return lines
+        return list(dict.fromkeys(lines))
 
     def _gathers_tokens(self, collective: Collective, dims: tuple[int, ...]) -> bool:
         """Whether neighbouring dimensions (frames, tokens a frame, samples) multiply to the tokens of samples."""
