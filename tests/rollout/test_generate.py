@@ -85,7 +85,20 @@ def read(path: pathlib.Path) -> np.ndarray:
         return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
 
 
-def test_keys_to_video_and_its_command_repeats_it(folder):
+@pytest.fixture
+def raw(monkeypatch):
+    """The frames of every video before H.264, which looks ahead."""
+    raw = []
+
+    def recorded(path, frames, fps, scale):
+        raw.append(frames)
+        write_mp4(path, frames, fps, scale)
+
+    monkeypatch.setattr("lingbot_jax.data.video.write_mp4", recorded)
+    return raw
+
+
+def test_keys_to_video_and_its_command_repeats_it(folder, raw):
     call(arguments(folder, "clip", "--keys=w-6,l-3", "--guidance=1", "--seed=4"))
     about = json.loads((folder / "clip" / "generation.json").read_text())
     video = read(folder / "clip" / "video.mp4")
@@ -98,7 +111,8 @@ def test_keys_to_video_and_its_command_repeats_it(folder):
     assert words[:3] == ["python", "-m", "experiments.generate"]
     again = [w.replace(str(folder / "clip"), str(folder / "again")) for w in words[3:]]
     call(again)
-    assert (folder / "again" / "video.mp4").read_bytes() == (folder / "clip" / "video.mp4").read_bytes()
+    # One level: on a loaded machine a sum was once rounded another way, and the files differed.
+    assert np.abs(raw[0].astype(int) - raw[1]).max() <= 1
     data = (folder / "clip" / "video.mp4").read_bytes()
     assert data.index(b"moov") < data.index(b"mdat")  # the index comes first: browsers start at once
 
@@ -109,14 +123,7 @@ def test_recorded_poses_are_cut_to_4n1(folder, capsys):
     assert "9 frames instead of the path's 12" in capsys.readouterr().out
 
 
-def test_fast_mode_takes_events_and_repeats_itself(folder, capsys, monkeypatch):
-    raw = []  # the frames before H.264, which looks ahead
-
-    def recorded(path, frames, fps, scale):
-        raw.append(frames)
-        write_mp4(path, frames, fps, scale)
-
-    monkeypatch.setattr("lingbot_jax.data.video.write_mp4", recorded)
+def test_fast_mode_takes_events_and_repeats_itself(folder, capsys, raw):
     script = "0.3s: it snows; 0.8s+0.4s: a bird"
     call(arguments(folder, "fast", "--keys=w-10,l-9", f"--events={script}", *FAST))
     assert "21 frames instead of the path's 20" in capsys.readouterr().out
