@@ -17,7 +17,7 @@ from rich.progress import (
 )
 
 from experiments import common
-from lingbot_jax.config import CONTROL_CHANNELS
+from lingbot_jax.control.plucker import CONTROL_CHANNELS
 from lingbot_jax.convert import folders, write
 
 _SOURCE = flags.DEFINE_string(

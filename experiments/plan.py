@@ -316,7 +316,7 @@ def _shard_shapes(state) -> Iterator[tuple[int, ...]]:
 
 # Bytes kept a token and layer between forward and backward, in multiples of (model width, feed-forward width) at 2
 # bytes, and forward passes of a step: rough figures that order the search; the compiler has the last word.
-KEPT = {"none": (40, 3, 3.0), "dots": (9, 1, 3.4), "block": (1, 0, 4.0)}
+KEPT = {"none": (40, 3, 3.0), "dots": (9, 1, 3.4), "full": (1, 0, 4.0)}
 
 
 def candidates(

@@ -6,7 +6,8 @@ import pathlib
 import jax
 
 from experiments.codecs import open_codec
-from lingbot_jax.config import ConfigError, DiTConfig
+from lingbot_jax.config import ConfigError
+from lingbot_jax.models.config import DiTConfig
 from lingbot_jax.diffusion.guidance import Guidance
 from lingbot_jax.models import params
 from lingbot_jax.models.codec import Codec

@@ -7,7 +7,8 @@ from typing import Literal
 
 import pytest
 
-from lingbot_jax.config import ConfigError, DiTConfig, build, template
+from lingbot_jax.config import ConfigError, build, template
+from lingbot_jax.models.config import DiTConfig
 from lingbot_jax.training.config import TrainConfig
 
 CONFIGS = pathlib.Path(__file__).parents[1] / "experiments" / "configs"

@@ -12,7 +12,7 @@ from lingbot_jax import config
 from lingbot_jax.data.loader import LoaderConfig
 from lingbot_jax.diffusion.guidance import Guidance
 from lingbot_jax.engine.collect.config import CollectConfig
-from lingbot_jax.models.codec import CodecConfig
+from lingbot_jax.models.config import LinearCodecConfig
 from lingbot_jax.parallel.mesh import MeshConfig
 from lingbot_jax.rollout.bidirectional import SampleConfig
 from lingbot_jax.training import config as training

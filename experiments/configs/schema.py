@@ -4,7 +4,7 @@ import dataclasses
 
 from lingbot_jax.config import require
 from lingbot_jax.data.loader import LoaderConfig
-from lingbot_jax.models.codec import CodecConfig
+from lingbot_jax.models.config import LinearCodecConfig
 from lingbot_jax.rollout.bidirectional import SampleConfig
 
 

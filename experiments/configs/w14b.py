@@ -19,7 +19,8 @@ import dataclasses
 
 from ml_collections import ConfigDict
 
-from lingbot_jax.config import W14B, template
+from lingbot_jax.config import template
+from lingbot_jax.models.config import W14B
 from lingbot_jax.training.config import TrainConfig
 
 ROOT = "runs/w14b"
@@ -60,7 +61,7 @@ def get_config(stage: str = "world") -> ConfigDict:
             "expert": "high",
             "init": {"world": PRIOR, "action": f"{ROOT}/world"}[stage],
             "codec": PRIOR,
-            "model": dataclasses.asdict(W14B) | {"control": control, "remat": "block"},
+            "model": dataclasses.asdict(W14B) | {"control": control, "remat": "full"},
             "data": {"path": f"{ROOT}/data", "frames": 81, "batch": 1},
             "size": (480, 832),
             "tasks": {"caption": {"world": "narrative", "action": "static"}[stage]},

@@ -12,7 +12,8 @@ import dataclasses
 
 from ml_collections import ConfigDict
 
-from lingbot_jax.config import W1_3B, template
+from lingbot_jax.config import template
+from lingbot_jax.models.config import W1_3B
 from lingbot_jax.training.config import TrainConfig
 
 ROOT = "runs/w1_3b"
@@ -47,7 +48,7 @@ def get_config(stage: str = "world") -> ConfigDict:
             "steps": CURRICULUM[stage][-1]["until"],
             "codec": "bundles/wan2.2-i2v-a14b",
             "model": dataclasses.asdict(W1_3B)
-            | {"control": {"world": "none", "action": "cam_act"}[stage], "remat": "block"},
+            | {"control": {"world": "none", "action": "cam_act"}[stage], "remat": "full"},
             "data": {"path": f"{ROOT}/data", "frames": 81, "batch": 1},
             "size": (480, 832),
             "tasks": {"caption": {"world": "narrative", "action": "static"}[stage]},

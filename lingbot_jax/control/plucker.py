@@ -10,14 +10,19 @@ col. The same code runs on the host with NumPy arrays and on the device (also tr
 float32: bring poses to `poses.relative` form first, in float64, so that nothing large is left to round.
 """
 
+from typing import Literal
+
 import jax
 import numpy as np
 from jaxtyping import Float, Float32, Shaped
 
-from lingbot_jax.config import CONTROL_CHANNELS, ConfigError, require
+from lingbot_jax.config import ConfigError, require
 from lingbot_jax.control import keyboard, poses
 
 Array = np.ndarray | jax.Array
+Control = Literal["none", "cam", "act", "cam_act"]
+# Channels of the control tensor per pixel: ray origin 3, ray direction 3, W A S D 4 (paper section 3.3.2).
+CONTROL_CHANNELS: dict[str, int] = {"none": 0, "cam": 6, "act": 7, "cam_act": 10}
 MODES = tuple(mode for mode in CONTROL_CHANNELS if mode != "none")
 
 

@@ -16,14 +16,18 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
-from lingbot_jax.config import CONTROL_CHANNELS, ConfigError, Control, DiTConfig, require
+from lingbot_jax.config import ConfigError, require
+from lingbot_jax.control.plucker import CONTROL_CHANNELS, Control
+from lingbot_jax.models.config import DiTConfig
 from lingbot_jax.convert import names_dit, names_text, names_vae
 from lingbot_jax.convert.names import Entry, Slot, expand
 from lingbot_jax.convert.read import Safetensors, Source, TorchFile, open_safetensors, read_json
 from lingbot_jax.models import params
 from lingbot_jax.models.dit import WorldDiT
-from lingbot_jax.models.text import UMT5, UMT5Config
-from lingbot_jax.models.vae import VAEConfig, WanVAE
+from lingbot_jax.models.config import UMT5Config
+from lingbot_jax.models.text import UMT5
+from lingbot_jax.models.config import VAEConfig
+from lingbot_jax.models.vae import WanVAE
 
 NetworkConfig = DiTConfig | VAEConfig | UMT5Config
 MODULES = {DiTConfig: WorldDiT, VAEConfig: WanVAE, UMT5Config: UMT5}

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 
 from lingbot_jax.convert.names import CONV1X1, CONV2D, CONV3D, GAIN2D, GAIN3D, Entry
-from lingbot_jax.models.vae import VAEConfig
+from lingbot_jax.models.config import VAEConfig
 
 LINEAR3D = "o i 1 1 1 -> i o"  # a 1x1x1 convolution
 

@@ -19,7 +19,8 @@ import ml_dtypes
 import numpy as np
 from safetensors.numpy import save_file
 
-from lingbot_jax.config import ConfigError, DiTConfig, require
+from lingbot_jax.config import ConfigError, require
+from lingbot_jax.models.config import DiTConfig
 from lingbot_jax.convert import names_dit, names_text, names_vae
 from lingbot_jax.convert.folders import (
     TEXT_FILE,
@@ -31,8 +32,8 @@ from lingbot_jax.convert.folders import (
 )
 from lingbot_jax.convert.names import Entry, layers_of, part_names
 from lingbot_jax.convert.read import differences, read_layer
-from lingbot_jax.models.text import UMT5Config
-from lingbot_jax.models.vae import VAEConfig
+from lingbot_jax.models.config import UMT5Config
+from lingbot_jax.models.config import VAEConfig
 from lingbot_jax.rollout.bidirectional import SampleConfig
 from lingbot_jax.rollout.causal import CausalConfig
 from lingbot_jax.serve import bundle

@@ -25,13 +25,15 @@ def over(sigma: Float[Array, "..."] | float, x: Float[Array, "..."]) -> Float[Ar
     return sigma.reshape(sigma.shape + (1,) * (x.ndim - sigma.ndim))
 
 
-def warp(u: Float[Array, "..."] | float, shift: float | jax.Array) -> Float[Array, "..."] | float:
+def shift_sigma(u: Float[Array, "..."] | float, shift: float | jax.Array) -> Float[Array, "..."] | float:
     """The timestep shift s = shift u / (1 + (shift - 1) u): more noise for longer or larger videos."""
     return shift * u / (1.0 + (shift - 1.0) * u)
 
 
-def unwarp(sigma: Float[Array, "..."] | float, shift: float | jax.Array) -> Float[Array, "..."] | float:
-    """The inverse of `warp`."""
+def unshift_sigma(
+    sigma: Float[Array, "..."] | float, shift: float | jax.Array
+) -> Float[Array, "..."] | float:
+    """The inverse of `shift_sigma`."""
     return sigma / (shift - (shift - 1.0) * sigma)
 
 
@@ -54,10 +56,10 @@ def sample_sigma(
     lo, hi = region
     if not isinstance(lo, jax.Array) and not isinstance(hi, jax.Array) and not 0.0 <= lo < hi <= 1.0:
         raise ValueError(f"region = {region}: must be 0 <= lo < hi <= 1 in sigma units")
-    u_lo, u_hi = unwarp(lo, shift), unwarp(hi, shift)
+    u_lo, u_hi = unshift_sigma(lo, shift), unshift_sigma(hi, shift)
     u = u_lo + (u_hi - u_lo) * jax.random.uniform(key, shape)
-    # Rounding of warp(unwarp(.)) may leave the region by one ulp; routing compares with the boundary.
-    return jnp.clip(warp(u, shift), lo, hi)
+    # Rounding of shift_sigma(unshift_sigma(.)) may leave the region by one ulp; routing compares with the boundary.
+    return jnp.clip(shift_sigma(u, shift), lo, hi)
 
 
 def add_noise(

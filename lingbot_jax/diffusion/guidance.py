@@ -3,36 +3,32 @@
 Distillation's real score uses the other convention, cond + g (cond - uncond): its g is this one's g - 1.
 """
 
-import dataclasses
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Annotated, TypeVar
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
+from pydantic import Field
 
-from lingbot_jax.config import require
+from lingbot_jax.config import config
 
 P = TypeVar("P")
 Velocity = Float[Array, "b t h w c"]
 
 
-@dataclasses.dataclass(frozen=True)
+Scale = Annotated[float, Field(ge=1, le=1000, allow_inf_nan=False)]
+
+
+@config
 class Guidance:
-    """Scales and how the two predictions are computed.
+    """Scales and how the two predictions are computed."""
 
-    Attributes:
-      low, high: scale of the low-noise and high-noise expert, >= 1; 1 is no guidance (one pass a step).
-      batched: one pass over a doubled batch (faster on small models), or two passes (half the activations).
-    """
-
-    low: float = 5.0
-    high: float = 5.0
-    batched: bool = False
-
-    def __post_init__(self):
-        for name in ("low", "high"):
-            require(getattr(self, name) >= 1.0, f"guidance.{name}", getattr(self, name), "must be >= 1")
+    low: Scale = Field(5.0, description="scale of the low-noise expert; 1 is no guidance (one pass per step)")
+    high: Scale = Field(5.0, description="scale of the high-noise expert")
+    batched: bool = Field(
+        False, description="one pass over a doubled batch, or two passes (half the activations)"
+    )
 
     @property
     def guided(self) -> bool:

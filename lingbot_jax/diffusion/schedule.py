@@ -15,7 +15,7 @@ import dataclasses
 import numpy as np
 
 from lingbot_jax.config import require
-from lingbot_jax.diffusion.flow import TIMESTEPS, warp
+from lingbot_jax.diffusion.flow import TIMESTEPS, shift_sigma
 
 TRAIN_STEPS = 1000
 
@@ -46,7 +46,7 @@ def unipc(steps: int, shift: float) -> Schedule:
     """The published UniPC schedule; also what the published DPM++ builds when no levels are passed to it."""
     _check(steps, shift)
     largest = float(np.float32(1.0 - 1.0 / TRAIN_STEPS))
-    sigmas = warp(np.linspace(largest, 0.0, steps + 1)[:-1], shift)
+    sigmas = shift_sigma(np.linspace(largest, 0.0, steps + 1)[:-1], shift)
     # The published scheduler rounds the levels to float32 after the timesteps are made.
     return Schedule(np.append(sigmas, 0.0).astype(np.float32).astype(np.float64), _truncated(sigmas))
 
@@ -54,14 +54,14 @@ def unipc(steps: int, shift: float) -> Schedule:
 def dpmpp(steps: int, shift: float) -> Schedule:
     """The published DPM++ pipeline: shifted linspace(1, 0), first level exactly 1."""
     _check(steps, shift)
-    sigmas = warp(np.linspace(1.0, 0.0, steps + 1)[:-1], shift)
+    sigmas = shift_sigma(np.linspace(1.0, 0.0, steps + 1)[:-1], shift)
     return Schedule(np.append(sigmas, 0.0).astype(np.float32).astype(np.float64), _truncated(sigmas))
 
 
 def euler(steps: int, shift: float) -> Schedule:
     """Shifted linspace(1, 0) with exact (not truncated) timesteps 1000 sigma, as in training."""
     _check(steps, shift)
-    sigmas = warp(np.linspace(1.0, 0.0, steps + 1), shift)
+    sigmas = shift_sigma(np.linspace(1.0, 0.0, steps + 1), shift)
     return Schedule(sigmas, TIMESTEPS * sigmas[:-1])
 
 
@@ -135,7 +135,7 @@ def training_table(
     """Shifted linspace(1, smallest): `steps` entries, with `smallest` itself only if `end_point`."""
     _check(steps, shift)
     u = np.linspace(1.0, smallest, steps) if end_point else np.linspace(1.0, smallest, steps + 1)[:-1]
-    sigmas = warp(u, shift)
+    sigmas = shift_sigma(u, shift)
     timesteps = TRAIN_STEPS * sigmas
     bell = np.exp(-2.0 * ((timesteps - steps / 2) / steps) ** 2)
     bell -= bell.min()

@@ -17,7 +17,7 @@ from kernels_pallas.context import Context
 from kernels_pallas.mask import Mask
 from kernels_pallas.reference import blocked_attention
 from lingbot_jax import axes as ax
-from lingbot_jax.config import DiTConfig
+from lingbot_jax.models.config import DiTConfig
 from lingbot_jax.models.layers import Leaf, Linear, RMSNorm
 from lingbot_jax.models.rope import Rotary, rotate
 

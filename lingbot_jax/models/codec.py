@@ -19,41 +19,17 @@ from jaxtyping import Array, Float, Shaped
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
-from lingbot_jax.config import ConfigError, require
+from lingbot_jax.config import ConfigError, build
+from lingbot_jax.models.config import LinearCodecConfig, VAEConfig
 
 Stream = Any  # a pytree of static structure, threaded through decode_chunk
-
-
-@dataclasses.dataclass(frozen=True)
-class CodecConfig:
-    """Attributes:
-    channels: latent channels. stride: pixels of (time, height, width) that one latent pixel stands for.
-    """
-
-    channels: int = 24
-    stride: tuple[int, int, int] = (4, 8, 8)
-
-    def __post_init__(self):
-        require(min(self.stride) > 0, "codec.stride", self.stride, "must be positive")
-        features = 3 * int(np.prod(self.stride))
-        require(0 < self.channels <= features, "codec.channels", self.channels, f"must be in 1..{features}")
-
-    def latent_frames(self, frames: int) -> int:
-        """Latent frames of a video of 4n+1 (in general st*n + 1) frames."""
-        require(
-            frames % self.stride[0] == 1 % self.stride[0],
-            "frames",
-            frames,
-            f"must be {self.stride[0]}n + 1",
-        )
-        return 1 + (frames - 1) // self.stride[0]
 
 
 @runtime_checkable  # the tests check annotations
 class Codec(Protocol):
     """What the rest of the system needs of a codec. All methods are pure."""
 
-    config: CodecConfig
+    config: LinearCodecConfig | VAEConfig
 
     def encode(self, video: Float[Array, "b f h w 3"]) -> Float[Array, "b t hl wl c"]:
         """Video in [-1, 1] to normalised latents (about zero mean, unit variance)."""
@@ -91,7 +67,7 @@ class LinearCodec:
     basis: Float[Array, "p c"]
     mean: Float[Array, "p"]
     scale: Float[Array, ""]
-    config: CodecConfig = dataclasses.field(metadata={"static": True})
+    config: LinearCodecConfig = dataclasses.field(metadata={"static": True})
 
     def encode(self, video: Float[Array, "b f h w 3"]) -> Float[Array, "b t hl wl c"]:
         return (_patches(video, self.config) - self.mean) @ self.basis / self.scale
@@ -114,7 +90,7 @@ class LinearCodec:
         return jnp.clip(video, -1.0, 1.0), stream
 
 
-def _patches(video: Float[Array, "b f h w 3"], config: CodecConfig) -> Float[Array, "b t hl wl p"]:
+def _patches(video: Float[Array, "b f h w 3"], config: LinearCodecConfig) -> Float[Array, "b t hl wl i"]:
     st, sh, sw = config.stride
     config.latent_frames(video.shape[1])
     still = repeat(video[:, :1], "b 1 h w c -> b s h w c", s=st)
@@ -127,7 +103,7 @@ def _patches(video: Float[Array, "b f h w 3"], config: CodecConfig) -> Float[Arr
     )
 
 
-def fit_linear(batches: Iterable[Float[np.ndarray, "b f h w 3"]], config: CodecConfig) -> LinearCodec:
+def fit_linear(batches: Iterable[Float[np.ndarray, "b f h w 3"]], config: LinearCodecConfig) -> LinearCodec:
     """Fits the linear codec on batches of video in [-1, 1]; moments are summed in float64.
 
     Raises:
@@ -159,7 +135,7 @@ def save_linear(codec: LinearCodec, path: str | pathlib.Path) -> None:
     save_file(
         arrays,
         partial,
-        metadata={"codec": json.dumps({"kind": "linear", **dataclasses.asdict(codec.config)})},
+        metadata={"codec": json.dumps(dataclasses.asdict(codec.config))},
     )
     partial.rename(path)
 
@@ -180,7 +156,7 @@ def load_linear(path: str | pathlib.Path) -> LinearCodec:
         raise ConfigError(f"codec.path = {str(path)!r}: not a readable safetensors file ({error})") from None
     if header.pop("kind", None) != "linear":
         raise ConfigError(f"codec.path = {str(path)!r}: not a linear codec")
-    config = CodecConfig(channels=header["channels"], stride=tuple(header["stride"]))
+    config = build(LinearCodecConfig, {"kind": "linear"} | header, "codec")
     return LinearCodec(**arrays, config=config)
 
 

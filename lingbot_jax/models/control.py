@@ -15,7 +15,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from lingbot_jax import axes as ax
-from lingbot_jax.config import DiTConfig
+from lingbot_jax.models.config import DiTConfig
 from lingbot_jax.models.layers import Linear, Mlp, PatchEmbedding
 from lingbot_jax.models.params import zeros
 

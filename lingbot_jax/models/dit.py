@@ -14,9 +14,10 @@ from jaxtyping import Array, Float, Float32, Int
 
 from kernels_pallas.context import Context
 from lingbot_jax import axes as ax
-from lingbot_jax.config import DiTConfig, require
+from lingbot_jax.config import require
 from lingbot_jax.models import rope
 from lingbot_jax.models.attention import KV, Attend, CrossAttention, SelfAttention
+from lingbot_jax.models.config import DiTConfig
 from lingbot_jax.models.control import ControlEmbedding, ControlInjection, inject
 from lingbot_jax.models.layers import (
     LayerNorm,
@@ -166,14 +167,14 @@ class Head(nnx.Module):
 def _rematerialised(body, policy: str):
     """Wraps the body of the scan over layers; what each policy keeps between forward and backward:
 
-    none: everything. block: the input of each block. dots: outputs of the matrix products as well.
+    none: everything. full: the input of each block. dots: outputs of the matrix products as well.
     offload: the input of each block, in host memory.
     """
     policies = jax.checkpoint_policies
     if policy == "none":
         return body
     keep = {
-        "block": policies.nothing_saveable,
+        "full": policies.nothing_saveable,
         "dots": policies.dots_with_no_batch_dims_saveable,
         "offload": policies.save_and_offload_only_these_names(
             names_which_can_be_saved=[],

@@ -14,8 +14,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Float32, Int
 
-from lingbot_jax.config import DiTConfig, require
+from lingbot_jax.config import require
 from lingbot_jax.models.attention import KV, Attend
+from lingbot_jax.models.config import DiTConfig
 from lingbot_jax.models.dit import Condition, Prepared, WorldDiT
 
 BOUNDARY = 0.947  # of the published model, as a noise fraction

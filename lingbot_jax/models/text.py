@@ -6,14 +6,13 @@ network. Rows past the end of a text are zero and are not masked later: as publi
 the cross-attention of the world model.
 """
 
-import dataclasses
 import hashlib
 import html
 import math
 import pathlib
 import re
 from collections.abc import Sequence
-from typing import Literal, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import ftfy
 import jax
@@ -24,8 +23,9 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Float32, Int
 
 from lingbot_jax import axes as ax
-from lingbot_jax.config import ConfigError, require
+from lingbot_jax.config import ConfigError
 from lingbot_jax.models import params
+from lingbot_jax.models.config import UMT5Config
 
 
 @runtime_checkable
@@ -89,38 +89,6 @@ class HashedNgramEncoder:
                 total = np.sum([_signs(f, self.dim) for f in features], axis=0)
                 tokens[row, column] = total / max(np.sqrt(np.mean(total**2)), 1e-6)
         return tokens
-
-
-@dataclasses.dataclass(frozen=True)
-class UMT5Config:
-    """Defaults are the published umT5-xxl encoder.
-
-    Attributes:
-      vocab, dim, ffn, layers: sizes. heads, head_dim: of the attention, whose width is their product.
-      buckets, max_distance: of the relative position bias; each layer has its own table.
-      eps: of every norm. length: tokens a text. dtype: compute dtype; norms and softmax are float32 always.
-    """
-
-    vocab: int = 256384
-    dim: int = 4096
-    heads: int = 64
-    head_dim: int = 64
-    ffn: int = 10240
-    layers: int = 24
-    buckets: int = 32
-    max_distance: int = 128
-    eps: float = 1e-6
-    length: int = 512
-    dtype: Literal["float32", "bfloat16"] = "bfloat16"
-
-    def __post_init__(self):
-        for name in ("vocab", "dim", "heads", "head_dim", "ffn", "layers", "length"):
-            require(getattr(self, name) > 0, f"text.{name}", getattr(self, name), "must be positive")
-        require(
-            self.buckets >= 4 and self.buckets % 4 == 0, "text.buckets", self.buckets, "must be 4, 8, ..."
-        )
-        near = self.buckets // 4
-        require(self.max_distance > near, "text.max_distance", self.max_distance, f"must exceed {near}")
 
 
 def position_buckets(offset: Int[np.ndarray, "..."], config: UMT5Config) -> Int[np.ndarray, "..."]:

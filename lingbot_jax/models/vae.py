@@ -5,17 +5,14 @@ latent frames with the caches of all causal convolutions as carry. Memory theref
 length, beyond the video itself. Filling and the `opening` flag: see `vae_layers`.
 """
 
-import dataclasses
-from typing import Literal
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
-from lingbot_jax.config import require
-from lingbot_jax.models.codec import CodecConfig, Stream
+from lingbot_jax.models.codec import Stream
+from lingbot_jax.models.config import VAEConfig
 from lingbot_jax.models.vae_layers import (
     CausalConv,
     Downsample,
@@ -29,59 +26,6 @@ from lingbot_jax.models.vae_layers import (
     Upsample,
     Wider,
 )
-
-# fmt: off
-# Published moments of the 16 latent channels over the training videos.
-MEAN = (-0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508,
-        0.4134, -0.0715, 0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921)
-STD = (2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743,
-       3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160)
-# fmt: on
-
-
-@dataclasses.dataclass(frozen=True)
-class VAEConfig:
-    """Defaults are the published Wan 2.1 VAE.
-
-    Attributes:
-      width: channels at full resolution. mults: width of each level over it.
-      blocks: residual blocks a level (the decoder has one more).
-      time_strides: whether the step from each level to the next also halves the frame rate.
-      channels: latent channels. mean, std: of the raw latent; codec latents are (raw - mean) / std.
-      dtype: compute dtype. Norms and softmax are float32 always.
-    """
-
-    width: int = 96
-    mults: tuple[int, ...] = (1, 2, 4, 4)
-    blocks: int = 2
-    time_strides: tuple[bool, ...] = (False, True, True)
-    channels: int = 16
-    mean: tuple[float, ...] = MEAN
-    std: tuple[float, ...] = STD
-    dtype: Literal["float32", "bfloat16"] = "float32"
-
-    def __post_init__(self):
-        for name in ("width", "blocks", "channels"):
-            require(getattr(self, name) > 0, f"vae.{name}", getattr(self, name), "must be positive")
-        levels = len(self.mults)
-        require(
-            len(self.time_strides) == levels - 1,
-            "vae.time_strides",
-            self.time_strides,
-            f"needs one entry between each two of the {levels} levels of vae.mults",
-        )
-        for name in ("mean", "std"):
-            value = getattr(self, name)
-            require(len(value) == self.channels, f"vae.{name}", value, f"needs {self.channels} channels")
-        require(min(self.std) > 0, "vae.std", self.std, "must be positive")
-
-    @property
-    def stride(self) -> tuple[int, int, int]:
-        """Pixels of (time, height, width) of a latent pixel."""
-        space = 2 ** len(self.time_strides)
-        return (2 ** sum(self.time_strides), space, space)
-
-    latent_frames = CodecConfig.latent_frames  # needs nothing but `stride`
 
 
 class Encoder(nnx.Module):

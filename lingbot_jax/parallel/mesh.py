@@ -7,42 +7,42 @@
 `seq` is the innermost axis, so the devices that exchange activations in every layer are neighbours.
 """
 
-import dataclasses
 import math
 from collections.abc import Sequence
+from typing import Annotated
 
 import jax
 import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
+from pydantic import Field
 
-from lingbot_jax.config import require
+from lingbot_jax.config import config, require
 
 DATA, FSDP, SEQ = "data", "fsdp", "seq"
 MESH_AXES = (DATA, FSDP, SEQ)
 BATCH_AXES = (DATA, FSDP)  # the batch dimension is split over both
 
 
-@dataclasses.dataclass(frozen=True)
+AxisSize = Annotated[int, Field(ge=-1, le=2**20)]
+
+
+@config
 class MeshConfig:
-    """Sizes of the mesh axes; at most one is -1, "the rest of the devices".
+    """Sizes of the mesh axes; at most one is -1, "the rest of the devices"."""
 
-    Attributes:
-      data: replicas; with several slices a multiple of their number. fsdp, seq: see the module.
-      ulysses: devices of `seq` that exchange heads for tokens; the rest is a ring (`sequence`). -1: as many as
-        divide the heads.
-    """
-
-    data: int = 1
-    fsdp: int = -1
-    seq: int = 1
-    ulysses: int = -1
+    data: AxisSize = Field(1, description="replicas; with several slices a multiple of their number")
+    fsdp: AxisSize = Field(-1, description="devices that share parameters, optimiser state and the batch")
+    seq: AxisSize = Field(1, description="devices that share the tokens of a sample")
+    ulysses: AxisSize = Field(
+        -1,
+        description="devices of seq that exchange heads for tokens, the rest is a ring; -1: as many as divide",
+    )
 
     def __post_init__(self):
         for name in (*MESH_AXES, "ulysses"):
-            size = getattr(self, name)
-            require(size == -1 or size > 0, f"mesh.{name}", size, "must be positive, or -1 for the rest")
-        require(self.sizes.count(-1) <= 1, "mesh", self.sizes, "only one axis may be -1")
+            require(getattr(self, name) != 0, name, 0, "must be positive, or -1 for the rest")
+        require(self.sizes.count(-1) <= 1, "fsdp", self.sizes, "only one of data, fsdp, seq may be -1")
 
     @property
     def sizes(self) -> tuple[int, int, int]:
@@ -56,12 +56,21 @@ class MeshConfig:
         """
         known = math.prod(s for s in self.sizes if s != -1)
         if -1 not in self.sizes:
-            require(known == devices, "mesh", self.sizes, f"product {known} must equal the {devices} devices")
+            require(
+                known == devices,
+                "config.mesh",
+                self.sizes,
+                f"product {known} must equal the {devices} devices",
+            )
             return self
         require(
-            devices % known == 0, "mesh", self.sizes, f"product {known} must divide the {devices} devices"
+            devices % known == 0,
+            "config.mesh",
+            self.sizes,
+            f"product {known} must divide the {devices} devices",
         )
-        return MeshConfig(*(devices // known if s == -1 else s for s in self.sizes), ulysses=self.ulysses)
+        data, fsdp, seq = (devices // known if s == -1 else s for s in self.sizes)
+        return MeshConfig(data=data, fsdp=fsdp, seq=seq, ulysses=self.ulysses)
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
@@ -82,7 +91,9 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
         grid = np.array(devices).reshape(config.sizes)
     else:
         count = len(slices)
-        require(config.data % count == 0, "mesh.data", config.data, f"must be a multiple of {count} slices")
+        require(
+            config.data % count == 0, "config.mesh.data", config.data, f"must be a multiple of {count} slices"
+        )
         sizes = (config.data // count, config.fsdp, config.seq)
         grid = np.concatenate([arrange(slices[index], sizes) for index in sorted(slices)])
     return Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))

@@ -6,7 +6,8 @@ import math
 import numpy as np
 from jax.sharding import Mesh
 
-from lingbot_jax.config import ConfigError, DiTConfig
+from lingbot_jax.config import ConfigError
+from lingbot_jax.models.config import DiTConfig
 from lingbot_jax.parallel.hlo import Collective, Program
 
 

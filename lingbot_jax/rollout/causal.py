@@ -15,7 +15,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from lingbot_jax.config import DiTConfig, require
+from lingbot_jax.config import require
+from lingbot_jax.models.config import DiTConfig
 from lingbot_jax.diffusion import schedule as schedules
 from lingbot_jax.diffusion.flow import add_noise, x0_from_velocity
 from lingbot_jax.models.attention import KV, Attend

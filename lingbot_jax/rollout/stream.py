@@ -21,7 +21,8 @@ import numpy as np
 from jaxtyping import Array, Float, Float64, Int, PRNGKeyArray, Shaped, UInt8
 
 from kernels_pallas.context import valid_slots
-from lingbot_jax.config import DiTConfig, require
+from lingbot_jax.config import require
+from lingbot_jax.models.config import DiTConfig
 from lingbot_jax.control import keyboard, plucker, poses
 from lingbot_jax.models.attention import Attend
 from lingbot_jax.models.codec import Codec, Stream, to_float, to_uint8

@@ -23,10 +23,11 @@ import orbax.checkpoint as ocp
 import tensorstore
 from flax import nnx
 
-from lingbot_jax.config import ConfigError, DiTConfig, build, require
+from lingbot_jax.config import ConfigError, build, require
+from lingbot_jax.models.config import DiTConfig
 from lingbot_jax.models import params
-from lingbot_jax.models.text import UMT5Config
-from lingbot_jax.models.vae import VAEConfig
+from lingbot_jax.models.config import UMT5Config
+from lingbot_jax.models.config import VAEConfig
 from lingbot_jax.rollout.bidirectional import SampleConfig
 from lingbot_jax.rollout.causal import CausalConfig
 

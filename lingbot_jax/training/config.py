@@ -1,205 +1,180 @@
-"""The training experiment as frozen dataclasses. Every field is read; an unknown one is refused."""
+"""The config of a training run. Every field is read; an unknown one is refused."""
 
 import dataclasses
-from typing import Literal
+from typing import Annotated, Literal
 
-from lingbot_jax.config import ConfigError, DiTConfig, require
-from lingbot_jax.data.loader import LoaderConfig
-from lingbot_jax.models.codec import CodecConfig
+from pydantic import Field
+
+from lingbot_jax.config import (
+    Below1,
+    ConfigError,
+    Count,
+    Fraction,
+    NonNegative,
+    Path,
+    Positive,
+    PositiveInt,
+    Seed,
+    config,
+    require,
+)
+from lingbot_jax.data.config import DataConfig
 from lingbot_jax.parallel.mesh import MeshConfig
+from lingbot_jax.worlds.config import EXPERTS, WorldConfig, pixels_per_token
 
 Stage = Literal["world", "action"]
-Expert = Literal["single", "high", "low", "both"]
-EXPERTS: tuple[Expert, ...] = ("high", "low")
+Pixels = Annotated[int, Field(ge=0, le=16384)]
+Shift = Annotated[Positive, Field(le=1000)]
+Rate = Annotated[Positive, Field(le=10)]
 
 
-@dataclasses.dataclass(frozen=True)
-class PoseConfig:
-    """How camera poses become control (FACTS: published worlds use previous and max_norm).
-
-    Attributes:
-      reference: poses relative to the first latent frame of the clip, or each to the one before.
-      translation: `max_norm` divides a clip's translations by the largest (scale-free recordings);
-        `metric` keeps them (one game, one scale).
-    """
-
-    reference: Literal["first", "previous"] = "previous"
-    translation: Literal["max_norm", "metric"] = "max_norm"
-
-
-@dataclasses.dataclass(frozen=True)
+@config
 class TaskConfig:
-    """The multi-task mixture (paper section 3.3.1) and dropout of conditions for guidance.
+    """The multi-task mixture (paper section 3.3.1) and dropout of conditions for guidance."""
 
-    Attributes:
-      continuation: probability that a sample continues given frames instead of a single image.
-      max_given: latent frames given at most in a continuation; uniform in 2..max_given.
-      caption: which caption of a clip is its prompt; `static` leaves all motion to the control.
-      text_dropout, control_dropout: probability that a sample's text or control is zeroed.
-    """
-
-    continuation: float = 0.3
-    max_given: int = 5
-    caption: Literal["narrative", "static"] = "static"
-    text_dropout: float = 0.1
-    control_dropout: float = 0.0
-
-    def __post_init__(self):
-        for name in ("continuation", "text_dropout", "control_dropout"):
-            require(0 <= getattr(self, name) <= 1, f"tasks.{name}", getattr(self, name), "must be in [0, 1]")
-        require(self.max_given >= 2, "tasks.max_given", self.max_given, "must be at least 2 latent frames")
+    continuation: Fraction = Field(
+        0.3, description="share of samples that continue several frames, not one image"
+    )
+    max_conditioning_frames: Annotated[int, Field(ge=2, le=4096)] = Field(
+        5, description="latent conditioning frames of a continuation at most; uniform in 2..max"
+    )
+    text_dropout: Fraction = Field(
+        0.1, description="share of samples whose text is replaced by world.null_text"
+    )
+    control_dropout: Fraction = Field(0.0, description="share of samples whose camera embedding is zeroed")
 
 
-@dataclasses.dataclass(frozen=True)
+@config
 class FlowConfig:
-    """Attributes:
-    shift: of the timestep distribution, in training and (unless the user says otherwise) in sampling.
-    boundary: noise level where the high-noise expert takes over; one field for training and sampling.
-    """
+    """Flow matching."""
 
-    shift: float = 5.0
-    boundary: float = 0.947
-
-    def __post_init__(self):
-        require(self.shift > 0, "flow.shift", self.shift, "must be positive")
-        require(0 < self.boundary < 1, "flow.boundary", self.boundary, "must be between 0 and 1")
-
-    def region(self, expert: Expert) -> tuple[float, float]:
-        """Noise levels that an expert is trained on."""
-        return {"high": (self.boundary, 1.0), "low": (0.0, self.boundary)}.get(expert, (0.0, 1.0))
+    shift: Shift = Field(
+        5.0, description="of the timestep distribution in training; sampling has world.sample.shift"
+    )
 
 
-@dataclasses.dataclass(frozen=True)
+@config
 class OptimizerConfig:
-    """Linear warm-up, then constant or cosine to zero at the last step; gradients clipped by global norm.
+    """Linear warm-up, then constant or cosine to zero; gradients clipped by global norm."""
 
-    Attributes:
-      algorithm: `adamw`, or `muon`: orthogonalised momentum for the matrices of the blocks and AdamW for the
-        rest. Muon learns small worlds from scratch in about half the steps.
-      learning_rate: of AdamW. muon_rate: of Muon, in spectral norm (0.02 is its usual value).
-    """
-
-    algorithm: Literal["adamw", "muon"] = "adamw"
-    learning_rate: float = 1e-5
-    muon_rate: float = 0.02
-    warmup: int = 100
-    decay: Literal["constant", "cosine"] = "constant"
-    b1: float = 0.9
-    b2: float = 0.999
-    weight_decay: float = 0.01
-    clip: float = 1.0
-    ema: float = 0.999
-    accumulate: int = 1
-
-    def __post_init__(self):
-        require(self.learning_rate > 0, "optimizer.learning_rate", self.learning_rate, "must be positive")
-        require(self.accumulate > 0, "optimizer.accumulate", self.accumulate, "must be positive")
-        require(0 <= self.ema < 1, "optimizer.ema", self.ema, "must be in [0, 1)")
+    algorithm: Literal["adamw", "muon"] = Field(
+        "adamw", description="muon: orthogonalised momentum for matrices of blocks, AdamW for the rest"
+    )
+    learning_rate: Rate = Field(1e-5, description="of AdamW")
+    muon_rate: Rate = Field(0.02, description="of Muon, in spectral norm")
+    warmup: Count = Field(100, description="steps of linear warm-up")
+    decay: Literal["constant", "cosine"] = Field("constant", description="after the warm-up")
+    decay_steps: PositiveInt | None = Field(
+        None,
+        description="step at which cosine reaches zero; None: steps, which then may not change on resume",
+    )
+    b1: Below1 = Field(0.9, description="of AdamW: decay of the first moment")
+    b2: Below1 = Field(0.999, description="of AdamW: decay of the second moment")
+    weight_decay: Annotated[NonNegative, Field(le=100)] = Field(0.01, description="of matrices")
+    clip: Positive = Field(1.0, description="largest global norm of a gradient")
+    ema: Below1 = Field(0.999, description="decay of the averaged parameters")
+    grad_accum_steps: Annotated[int, Field(gt=0, le=65536)] = Field(
+        1, description="parts a batch is computed in"
+    )
 
 
-@dataclasses.dataclass(frozen=True)
+@config
 class CheckpointConfig:
-    """Attributes:
-    every: steps between checkpoints. keep: newest checkpoints kept; 2 or more, so that one cut off is survived.
-    """
+    """When a run is saved."""
 
-    every: int = 500
-    keep: int = 3
-
-    def __post_init__(self):
-        require(self.every > 0, "checkpoint.every", self.every, "must be positive")
-        require(self.keep >= 2, "checkpoint.keep", self.keep, "must be at least 2")
+    every: PositiveInt = Field(500, description="steps between checkpoints")
+    keep: Annotated[int, Field(ge=2, le=10**6)] = Field(
+        3, description="newest checkpoints kept; 2 or more, so that a damaged one is survived"
+    )
 
 
-@dataclasses.dataclass(frozen=True)
+@config
+class ValidationConfig:
+    """The evaluation value of a run, measured while it trains (`experiments.train`)."""
+
+    every: Count = Field(0, description="steps between measurements; 0: none")
+    clips: Annotated[int, Field(ge=2, le=65536)] = Field(8, description="held-out clips generated each time")
+
+
+@config
 class Phase:
-    """A stretch of steps of the curriculum (`curriculum.py`); what it leaves out is the run's own.
+    """A stretch of steps of the curriculum (`curriculum.py`); what it leaves out is the run's own."""
 
-    Attributes:
-      until: the step after which it ends; it begins where the one before it ends.
-      frames, batch: of a window, and windows a process. path: data set, for phases that need longer clips.
-      size: height and width of the video. shift: of the timestep distribution; rises with duration.
-      accumulate: parts a batch is computed in. mesh: how the devices share the work; `seq` rises with frames.
-    """
-
-    until: int
-    frames: int | None = None
-    batch: int | None = None
-    path: str | None = None
-    size: tuple[int, int] | None = None
-    shift: float | None = None
-    accumulate: int | None = None
-    mesh: MeshConfig | None = None
+    end_step: PositiveInt = Field(
+        description="the step it ends after; it begins where the one before it ends"
+    )
+    frames: PositiveInt | None = Field(None, description="video frames of a crop")
+    batch: PositiveInt | None = Field(None, description="clips per step")
+    path: Path | None = Field(None, description="data set, for phases that need longer clips")
+    size: tuple[Pixels, Pixels] | None = Field(None, description="height and width of the video")
+    shift: Shift | None = Field(None, description="of the timestep distribution; rises with duration")
+    grad_accum_steps: PositiveInt | None = Field(None, description="parts a batch is computed in")
+    mesh: MeshConfig | None = Field(None, description="how the devices share the work; seq rises with frames")
 
 
-@dataclasses.dataclass(frozen=True)
+@config
 class TrainConfig:
-    """One training run.
+    """One training run."""
 
-    Attributes:
-      run: the run directory; running the same command again resumes it.
-      stage: `world` trains every parameter; `action` the control adapters only (paper section 3.3.2).
-      codec: a codec file, or a converted bundle whose VAE and text encoder are used.
-      expert: which noise region is trained; `both` holds two experts and trains one at each step.
-      init: where parameters come from: a run directory (averaged parameters) or a converted bundle; for `both`
-        also two of them, "HIGH,LOW". Control adapters that it does not have start fresh.
-      size: height and width that the recorded video is scaled and cropped to; (0, 0): as recorded.
-      mesh: how the devices share the work; may change when a run is resumed.
-      curriculum: phases by step; empty: one phase, of the fields above. log_every: steps between lines in
-        metrics.jsonl.
-    """
-
-    run: str
-    stage: Stage
-    steps: int
-    model: DiTConfig
-    data: LoaderConfig
-    codec: str
-    seed: int = 0
-    expert: Expert = "single"
-    init: str | None = None
-    pose: PoseConfig = PoseConfig()
-    tasks: TaskConfig = TaskConfig()
-    flow: FlowConfig = FlowConfig()
-    optimizer: OptimizerConfig = OptimizerConfig()
-    checkpoint: CheckpointConfig = CheckpointConfig()
-    size: tuple[int, int] = (0, 0)
-    mesh: MeshConfig = MeshConfig()
-    curriculum: tuple[Phase, ...] = ()
-    log_every: int = 10
+    run: Path = Field(description="run directory, local or gs://; the same command again resumes it")
+    stage: Stage = Field(
+        description="world trains every parameter; action the camera and key adapters (paper 3.3)"
+    )
+    steps: PositiveInt = Field(description="updates in all")
+    data: DataConfig = Field(description="the clips")
+    world: WorldConfig = Field(
+        WorldConfig(), description="the world that is trained; what it leaves out is init's"
+    )
+    codec: Path | None = Field(
+        None, description="codec file, bundle or run that codec and text encoder are read from; None: init"
+    )
+    init: Path | None = Field(
+        None,
+        description="where parameters start: a run or bundle, or NAME=SOURCE,... by network; None: at random. Adapters "
+        "that it lacks start fresh",
+    )
+    seed: Seed = Field(0, description="of initialisation, noise and dropout")
+    tasks: TaskConfig = Field(TaskConfig(), description="mixture of tasks")
+    flow: FlowConfig = Field(FlowConfig(), description="flow matching")
+    optimizer: OptimizerConfig = Field(OptimizerConfig(), description="updates")
+    checkpoint: CheckpointConfig = Field(CheckpointConfig(), description="saving")
+    validation: ValidationConfig = Field(ValidationConfig(), description="measuring while training")
+    size: tuple[Pixels, Pixels] = Field(
+        (0, 0), description="height, width video is scaled and cropped to; 0, 0: as stored"
+    )
+    mesh: MeshConfig = Field(MeshConfig(), description="how the devices share the work")
+    curriculum: tuple[Phase, ...] = Field((), description="phases by step; empty: one, of the fields above")
+    log_every: PositiveInt = Field(10, description="steps between lines of metrics.jsonl")
 
     def __post_init__(self):
-        require(self.steps > 0, "steps", self.steps, "must be positive")
-        require(self.log_every > 0, "log_every", self.log_every, "must be positive")
+        parts = self.optimizer.grad_accum_steps
+        ok = self.data.batch % parts == 0
+        require(ok, "optimizer.grad_accum_steps", parts, f"must divide data.batch = {self.data.batch}")
+        given = self.codec is not None or self.init is not None
+        require(given, "codec", None, "give the file, bundle or run that the codec is read from")
+        given = bool(self.world.networks) or self.init is not None
+        require(given, "world.networks", {}, "give sizes, or a source with init")
+        ok = self.optimizer.decay == "cosine" or self.optimizer.decay_steps is None
         require(
-            self.data.batch % self.optimizer.accumulate == 0,
-            "optimizer.accumulate",
-            self.optimizer.accumulate,
-            f"must divide data.batch = {self.data.batch}",
+            ok, "optimizer.decay_steps", self.optimizer.decay_steps, "means nothing without decay = cosine"
         )
+        for name, network in self.world.networks.items():
+            field = f"world.networks.{name}.control"
+            ok = self.stage != "action" or network.control != "none"
+            require(ok, field, network.control, "stage action trains adapters: choose cam, act or cam_act")
+            pixels = pixels_per_token(network)
+            ok = self.size == (0, 0) or all(
+                s > 0 and s % p == 0 for s, p in zip(self.size, pixels, strict=True)
+            )
+            require(
+                ok, "size", self.size, f"must be (0, 0), or multiples of {pixels} = spatial_stride x patch"
+            )
+        ends = [0, *(phase.end_step for phase in self.curriculum)]
         require(
-            self.stage != "action" or self.model.control != "none",
-            "model.control",
-            self.model.control,
-            "stage action trains the control adapters: choose cam, act or cam_act",
+            ends == sorted(set(ends)), "curriculum", tuple(ends[1:]), "end_step must rise from phase to phase"
         )
-        pixels = self.model.spatial_stride * self.model.patch[1]
-        require(
-            self.size == (0, 0) or (min(self.size) > 0 and not any(s % pixels for s in self.size)),
-            "size",
-            self.size,
-            f"must be (0, 0), or multiples of {pixels} = model.spatial_stride x model.patch",
-        )
-        ends = [0, *(phase.until for phase in self.curriculum)]
-        require(
-            ends == sorted(set(ends)), "curriculum", tuple(ends[1:]), "until must rise from phase to phase"
-        )
-        require(
-            len(ends) == 1 or ends[-1] >= self.steps,
-            "curriculum",
-            tuple(ends[1:]),
-            f"the last until must reach steps = {self.steps}",
-        )
+        reaches = len(ends) == 1 or ends[-1] >= self.steps
+        require(reaches, "curriculum", tuple(ends[1:]), f"the last end_step must reach steps = {self.steps}")
         self.phases()
 
     def phases(self) -> "tuple[TrainConfig, ...]":
@@ -217,51 +192,38 @@ class TrainConfig:
                     path=say(phase.path, self.data.path),
                     frames=say(phase.frames, self.data.frames),
                     batch=say(phase.batch, self.data.batch),
-                    seed=self.data.seed + index,  # every phase has an order of its own
+                    seed=(self.data.seed + index) % 2**32,  # every phase has an order of its own
                 )
-                accumulate = say(phase.accumulate, self.optimizer.accumulate)
+                parts = say(phase.grad_accum_steps, self.optimizer.grad_accum_steps)
                 made = dataclasses.replace(
                     self,
                     data=data,
                     size=say(phase.size, self.size),
-                    flow=dataclasses.replace(self.flow, shift=say(phase.shift, self.flow.shift)),
-                    optimizer=dataclasses.replace(self.optimizer, accumulate=accumulate),
+                    flow=FlowConfig(shift=say(phase.shift, self.flow.shift)),
+                    optimizer=dataclasses.replace(self.optimizer, grad_accum_steps=parts),
                     mesh=say(phase.mesh, self.mesh),
                     curriculum=(),
                 )
             except ConfigError as error:
-                raise ConfigError(f"curriculum[{index}]: {error}") from None
+                raise ConfigError(f"curriculum[{index}].{error}") from None
             found.append(made)
         return tuple(found) or (self,)
 
-    def check_codec(self, codec: CodecConfig) -> None:
-        """Refuses a codec that does not fit the model or the windows. Raises ConfigError."""
-        model = self.model
-        require(
-            codec.channels == model.latent_channels,
-            "model.latent_channels",
-            model.latent_channels,
-            f"the codec {self.codec} has {codec.channels}",
-        )
-        require(
-            codec.stride[0] == model.mask_channels,
-            "model.mask_channels",
-            model.mask_channels,
-            f"must be the codec's temporal stride {codec.stride[0]}",
-        )
-        require(
-            codec.stride[1] == codec.stride[2] == model.spatial_stride,
-            "model.spatial_stride",
-            model.spatial_stride,
-            f"the codec's spatial stride is {codec.stride[1:]}",
-        )
-        for phase in self.phases():
-            frames = phase.data.frames
-            require(frames % codec.stride[0] == 1, "data.frames", frames, f"must be {codec.stride[0]}n + 1")
-            latent = codec.latent_frames(frames)
-            require(
-                self.tasks.max_given < latent,
-                "tasks.max_given",
-                self.tasks.max_given,
-                f"must leave something to predict of {latent} latent frames",
+    @property
+    def experts(self) -> bool:
+        """Whether the run holds both noise experts and trains them in turn."""
+        return set(self.world.networks) == set(EXPERTS)
+
+    def check_crops(self) -> None:
+        """Refuses crops that do not fit the world's codec or leave nothing to predict. Raises ConfigError."""
+        codec = self.world.codec
+        for index, phase in enumerate(self.phases()):
+            where = f"config.curriculum[{index}].frames" if self.curriculum else "config.data.frames"
+            st = codec.stride[0]
+            require(phase.data.frames % st == 1 % st, where, phase.data.frames, f"must be {st}n + 1")
+            latent = codec.latent_frames(phase.data.frames)
+            most = self.tasks.max_conditioning_frames if self.tasks.continuation > 0 else 1
+            fits = (
+                f"must leave something to predict of {latent} latent frames ({where} = {phase.data.frames})"
             )
+            require(most < latent, "config.tasks.max_conditioning_frames", most, fits)

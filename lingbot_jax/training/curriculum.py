@@ -13,7 +13,7 @@ noise levels of one model, and it costs no randomness.
 import dataclasses
 import math
 
-from lingbot_jax.diffusion.flow import unwarp
+from lingbot_jax.diffusion.flow import unshift_sigma
 from lingbot_jax.training.config import EXPERTS, Expert, TrainConfig
 
 
@@ -31,7 +31,7 @@ def phase_at(config: TrainConfig, step: int) -> int:
 
 def high_share(config: TrainConfig) -> float:
     """The part of a phase's shifted noise levels that belongs to the high-noise expert."""
-    return 1.0 - float(unwarp(config.flow.boundary, config.flow.shift))
+    return 1.0 - float(unshift_sigma(config.flow.boundary, config.flow.shift))
 
 
 def expert_at(config: TrainConfig, step: int) -> Expert:

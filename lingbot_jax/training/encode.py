@@ -7,7 +7,7 @@ import jax
 import numpy as np
 from jaxtyping import Array, Float, Int, Shaped
 
-from lingbot_jax.config import DiTConfig
+from lingbot_jax.models.config import DiTConfig
 from lingbot_jax.control import poses
 from lingbot_jax.control.keyboard import MOVEMENT
 from lingbot_jax.control.plucker import control, latent_keys

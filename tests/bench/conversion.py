@@ -12,7 +12,7 @@ import time
 
 import numpy as np
 
-from lingbot_jax.config import DiTConfig
+from lingbot_jax.models.config import DiTConfig
 from lingbot_jax.convert import folders, names_dit, write
 from tests.convert import checkpoints
 

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lingbot_jax.config import DiTConfig
+from lingbot_jax.models.config import DiTConfig
 from lingbot_jax.models import params
 from lingbot_jax.models.attention import Attend
 from lingbot_jax.models.dit import Condition, WorldDiT

@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lingbot_jax.config import CONTROL_CHANNELS, ConfigError
+from lingbot_jax.config import ConfigError
+from lingbot_jax.control.plucker import CONTROL_CHANNELS
 from lingbot_jax.control import keyboard, plucker, poses
 
 K = np.array([20.0, 24.0, 16.5, 7.0])  # of a 16 x 32 image

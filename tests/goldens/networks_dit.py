@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lingbot_jax.config import CONTROL_CHANNELS, DiTConfig
+from lingbot_jax.control.plucker import CONTROL_CHANNELS
+from lingbot_jax.models.config import DiTConfig
 from lingbot_jax.convert.names import expand
 from lingbot_jax.convert.names_dit import dit_table
 from lingbot_jax.convert.read import Arrays, fill

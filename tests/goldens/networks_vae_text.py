@@ -9,8 +9,10 @@ import numpy as np
 from lingbot_jax.convert import names_text, names_vae
 from lingbot_jax.convert.read import Arrays, fill
 from lingbot_jax.models import params, text
-from lingbot_jax.models.text import UMT5, UMT5Config
-from lingbot_jax.models.vae import VAEConfig, WanVAE
+from lingbot_jax.models.config import UMT5Config
+from lingbot_jax.models.text import UMT5
+from lingbot_jax.models.config import VAEConfig
+from lingbot_jax.models.vae import WanVAE
 from tests.golden import EXACT, Case, Tolerance
 
 # About 10 times the change seen when every product is evaluated in float64 (golden README).

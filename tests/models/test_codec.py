@@ -6,8 +6,9 @@ import pytest
 from einops import rearrange
 
 from lingbot_jax.config import ConfigError
-from lingbot_jax.models.codec import CodecConfig, fit_linear, load_linear, save_linear
+from lingbot_jax.models.codec import fit_linear, load_linear, save_linear
 from lingbot_jax.models.condition import image_condition
+from lingbot_jax.models.config import LinearCodecConfig
 
 
 def videos(n=6, f=9, h=16, w=24):
@@ -21,7 +22,7 @@ def videos(n=6, f=9, h=16, w=24):
 
 @pytest.fixture(scope="module")
 def codec():
-    return fit_linear([videos()[:3], videos()[3:]], CodecConfig(channels=12))
+    return fit_linear([videos()[:3], videos()[3:]], LinearCodecConfig(channels=12))
 
 
 def test_basis_is_that_of_the_singular_value_decomposition(codec):
@@ -42,7 +43,7 @@ def test_latents_are_normalised_and_reconstruct(codec):
     assert latents.shape == (6, 3, 2, 3, 12)
     assert abs(float(latents.mean())) < 0.05 and abs(float(jnp.square(latents).mean()) - 1) < 0.05
     error = np.asarray(codec.decode(latents)) - videos()
-    full = fit_linear([videos()], CodecConfig(channels=100))
+    full = fit_linear([videos()], LinearCodecConfig(channels=100))
     assert (
         np.square(np.asarray(full.decode(full.encode(videos()))) - videos()).mean()
         < np.square(error).mean()
@@ -74,7 +75,7 @@ def test_file_round_trip_and_refusals(codec, tmp_path):
     with pytest.raises(ConfigError, match="not a readable safetensors file"):
         load_linear(path)
     with pytest.raises(ConfigError, match="there are no clips"):
-        fit_linear([], CodecConfig())
+        fit_linear([], LinearCodecConfig())
 
 
 def test_frames_must_fill_groups(codec):

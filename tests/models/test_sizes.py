@@ -5,8 +5,8 @@ import time
 
 import pytest
 
-from lingbot_jax.config import W1_3B, W14B, DiTConfig
 from lingbot_jax.models import params
+from lingbot_jax.models.config import W1_3B, W14B, DiTConfig
 from lingbot_jax.models.control import is_adapter
 from lingbot_jax.models.dit import WorldDiT
 from lingbot_jax.models.experts import NoiseExperts

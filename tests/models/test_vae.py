@@ -11,7 +11,8 @@ from flax import nnx
 
 from lingbot_jax.config import ConfigError
 from lingbot_jax.models import params
-from lingbot_jax.models.vae import VAEConfig, WanVAE
+from lingbot_jax.models.config import VAEConfig
+from lingbot_jax.models.vae import WanVAE
 
 TINY = VAEConfig(width=4, blocks=1, channels=4, mean=(0.1, -0.2, 0.3, 0.0), std=(1.5, 0.5, 1.0, 2.0))
 

@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lingbot_jax.config import DiTConfig
 from lingbot_jax.models import params
+from lingbot_jax.models.config import DiTConfig
 from lingbot_jax.models.dit import Condition, WorldDiT
 
 CONFIG = DiTConfig(

@@ -5,7 +5,8 @@ import dataclasses
 import numpy as np
 import pytest
 
-from lingbot_jax.config import W14B, ConfigError
+from lingbot_jax.config import ConfigError
+from lingbot_jax.models.config import W14B
 from lingbot_jax.models import params
 from lingbot_jax.models.dit import WorldDiT
 from lingbot_jax.parallel.hlo import Collective, Shape

@@ -27,7 +27,7 @@ SMALL = TrainConfig(
     steps=10,
     codec="unused",
     model=DiTConfig(
-        dim=512, layers=2, heads=4, ffn=1024, text_dim=64, text_len=48, control="none", remat="block"
+        dim=512, layers=2, heads=4, ffn=1024, text_dim=64, text_len=48, control="none", remat="full"
     ),
     data=LoaderConfig("unused", frames=9, batch=1),
     # 320 tokens a frame: with 256, 3 frames would make 768, a divisor of the time projection's 6 x 512 columns.

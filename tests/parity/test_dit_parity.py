@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lingbot_jax.config import DiTConfig
+from lingbot_jax.models.config import DiTConfig
 from lingbot_jax.convert.names import expand
 from lingbot_jax.convert.names_dit import diffusers_dit_table
 from lingbot_jax.convert.read import Arrays, fill

@@ -8,9 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from lingbot_jax.config import DiTConfig
+from lingbot_jax.models.config import DiTConfig
 from lingbot_jax.models import params
-from lingbot_jax.models.codec import CodecConfig, LinearCodec
+from lingbot_jax.models.config import LinearCodecConfig
+from lingbot_jax.models.codec import LinearCodec
 from lingbot_jax.models.dit import WorldDiT
 from lingbot_jax.models.text import HashedNgramEncoder
 
@@ -51,7 +52,7 @@ def world(config: DiTConfig = TINY, seed: int = 0) -> WorldDiT:
 
 def codec(channels: int = 6, seed: int = 0) -> LinearCodec:
     """A linear codec with a random orthonormal basis."""
-    config = CodecConfig(channels=channels)
+    config = LinearCodecConfig(channels=channels)
     features = 3 * int(np.prod(config.stride))
     basis = np.linalg.qr(np.random.default_rng(seed).normal(size=(features, channels)))[0]
     return LinearCodec(

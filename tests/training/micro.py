@@ -12,11 +12,12 @@ import jax
 import numpy as np
 
 from experiments import train as experiment
-from lingbot_jax.config import DiTConfig
+from lingbot_jax.models.config import DiTConfig
 from lingbot_jax.control.keyboard import integrate
 from lingbot_jax.data import records, schema
 from lingbot_jax.data.loader import LoaderConfig
-from lingbot_jax.models.codec import CodecConfig, fit_linear, save_linear
+from lingbot_jax.models.config import LinearCodecConfig
+from lingbot_jax.models.codec import fit_linear, save_linear
 from lingbot_jax.training.config import (
     CheckpointConfig,
     FlowConfig,
@@ -79,7 +80,7 @@ def make_data(folder: pathlib.Path, clips: int = 16) -> pathlib.Path:
     held_out = [schema.encode(clip(1000 + i, "held_out")) for i in range(4)]
     records.write_shard(data / records.shard_name("held_out", 0, 1), held_out, "uncompressed")
     video = np.stack([c.frames for c in made]).astype(np.float32) / 127.5 - 1
-    save_linear(fit_linear([video], CodecConfig(channels=8)), folder / "codec.safetensors")
+    save_linear(fit_linear([video], LinearCodecConfig(channels=8)), folder / "codec.safetensors")
     return data
 
 

@@ -70,7 +70,7 @@ def test_runs_that_do_not_fit_are_refused(fields, line):
 
 
 def test_codec_must_fit_every_phase():
-    codec = micro.CodecConfig(channels=8)
+    codec = micro.LinearCodecConfig(channels=8)
     config(curriculum=PHASES[:1] + PHASES[2:]).check_codec(codec)
     with pytest.raises(ConfigError, match="must leave something to predict of 3 latent frames"):
         config(curriculum=(Phase(5, frames=9), Phase(40)), tasks=micro.TaskConfig(max_given=3)).check_codec(

@@ -5,9 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lingbot_jax.diffusion.flow import unwarp
+from lingbot_jax.diffusion.flow import unshift_sigma
 from lingbot_jax.models.attention import Attend
-from lingbot_jax.models.codec import CodecConfig, LinearCodec
+from lingbot_jax.models.config import LinearCodecConfig
+from lingbot_jax.models.codec import LinearCodec
 from lingbot_jax.models.condition import image_condition
 from lingbot_jax.models.dit import Condition
 from lingbot_jax.training.config import FlowConfig, TaskConfig
@@ -61,7 +62,7 @@ def test_noise_levels_are_shifted_and_stay_in_the_expert_s_region(expert, shift)
     levels = np.sort(stub.sigma[:, 0].astype(np.float64))
     assert lo - 1e-6 <= levels[0] and levels[-1] <= hi + 1e-6
     # Kolmogorov-Smirnov at 1e-4: undoing the shift must leave a uniform distribution between the bounds' images.
-    u_lo, u_hi = unwarp(lo, shift), unwarp(hi, shift)
+    u_lo, u_hi = unshift_sigma(lo, shift), unshift_sigma(hi, shift)
     uniform = (levels / (shift - (shift - 1) * levels) - u_lo) / (u_hi - u_lo)
     assert np.abs(uniform - (np.arange(n) + 0.5) / n).max() < 2.2 / np.sqrt(n)
 
@@ -97,7 +98,7 @@ def published_mask(given: int, latent_frames: int) -> np.ndarray:
 
 
 def test_mask_channels_are_the_published_ones():
-    codec = LinearCodec(jnp.eye(12 * 4)[:, :3], jnp.zeros(48), jnp.ones(()), CodecConfig(3, (4, 2, 2)))
+    codec = LinearCodec(jnp.eye(12 * 4)[:, :3], jnp.zeros(48), jnp.ones(()), LinearCodecConfig(channels=3, strides=(4, 2, 2)))
     video = jnp.asarray(np.random.default_rng(0).uniform(-1, 1, (3, 13, 4, 4, 3)), jnp.float32)
     mask, image = image_condition(codec, video, jnp.array([1, 2, 4]))
     assert mask.shape == (3, 4, 2, 2, 4)

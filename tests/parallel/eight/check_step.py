@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lingbot_jax.config import DiTConfig
+from lingbot_jax.models.config import DiTConfig
 from lingbot_jax.data.loader import LoaderConfig
 from lingbot_jax.models.attention import Attend
 from lingbot_jax.models.dit import Condition
@@ -31,7 +31,7 @@ MODEL = DiTConfig(
     spatial_stride=2,
     control="cam_act",
     dtype="float32",
-    remat="block",
+    remat="full",
 )
 FRAMES, SIZE, BATCH = 3, 8, 8
 
