@@ -23,9 +23,9 @@ from jaxtyping import Array, Float, Int
 
 from kernels_pallas.context import Context, valid_slots
 from lingbot_jax.config import require
-from lingbot_jax.models.config import DiTConfig
 from lingbot_jax.models import rope
 from lingbot_jax.models.attention import KV
+from lingbot_jax.models.config import DiTConfig
 
 Positions = Literal["absolute", "relative"]
 
