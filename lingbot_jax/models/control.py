@@ -7,8 +7,6 @@ A freshly made injection has zero scale and shift layers, so that adding adapter
 nothing until they are trained. Everything else is Xavier-uniform as published.
 """
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -20,10 +18,9 @@ from lingbot_jax.models.layers import Linear, Mlp, PatchEmbedding
 from lingbot_jax.models.params import zeros
 
 
-def is_adapter(path: tuple[Any, ...], value: Any) -> bool:
-    """Filter for `nnx.split`: True for the parameters of this file, which sit under a `control` attribute."""
-    del value
-    return "control" in path
+def is_adapter(path: str) -> bool:
+    """Whether a parameter, by dotted path, is of this file: they sit under a `control` attribute."""
+    return "control" in path.split(".")
 
 
 class ControlEmbedding(nnx.Module):
