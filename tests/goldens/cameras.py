@@ -1,4 +1,4 @@
-"""Golden cases of cameras: resampling, relative poses, intrinsics, rays and packed control."""
+"""Golden cases of cameras: resampling, relative poses, intrinsics, rays and the camera embedding."""
 
 import numpy as np
 
@@ -20,6 +20,15 @@ def _packed(golden):
 
 def _base(case):
     return case.config["height_org"], case.config["width_org"]
+
+
+def clip_embedding(
+    c2w: np.ndarray, intrinsics: np.ndarray, size: tuple[int, int], stride: int, temporal_stride: int = 4
+) -> np.ndarray:
+    """Camera embedding `t h w c` of a recorded clip as the published pipeline makes it, on the host."""
+    latent = poses.resample(c2w, (len(c2w) - 1) // temporal_stride + 1)
+    deltas = poses.relative(latent, "previous", "max_norm")
+    return plucker.control(deltas, intrinsics[:1], None, "cam", *size, stride)
 
 
 def cam_synth(case):
@@ -44,7 +53,7 @@ def cam_synth(case):
         deltas = poses.relative(latent, "previous", "max_norm")
         yield f"{p}/pipeline_rel", deltas, case[f"{p}/pipeline_rel"], SYNTH
         yield f"{p}/plucker", plucker.rays(deltas, intrinsics[:1], *size), case[f"{p}/plucker"], SYNTH
-        packed = plucker.clip_control(c2w, intrinsics, None, "cam", *size, STRIDE)
+        packed = clip_embedding(c2w, intrinsics, size, STRIDE)
         yield f"{p}/packed", packed, _packed(case[f"{p}/packed"]), SYNTH
         yield f"{p}/pipeline_dims", [len(c2w), *packed.shape[:3]], dims[: LATENT_W + 1], EXACT
         # The mask marks the given pixel frames, here the first alone, in all channels of its latent frame.

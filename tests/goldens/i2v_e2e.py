@@ -5,15 +5,16 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
+from lingbot_jax.models.experts import NoiseExperts
+from lingbot_jax.rollout.bidirectional import SampleConfig
 
-from lingbot_jax.control import plucker, poses
+from lingbot_jax.control import poses
 from lingbot_jax.diffusion import guidance, solvers
 from lingbot_jax.diffusion.guidance import Guidance
 from lingbot_jax.models.dit import Condition
-from lingbot_jax.models.experts import NoiseExperts
 from lingbot_jax.rollout import bidirectional, images
-from lingbot_jax.rollout.bidirectional import SampleConfig
 from tests.golden import EXACT, Case, Tolerance
+from tests.goldens import cameras
 from tests.goldens.networks_dit import channels_first, channels_last, load_dit, pad_text
 from tests.goldens.networks_vae_text import load_vae
 
@@ -55,9 +56,8 @@ def end_to_end(case: Case):
     mask, latent = bidirectional.given_frames(vae, jnp.asarray(pixels)[None, None], t)
     yield "y", channels_first(jnp.concatenate([mask, latent], -1)), case["y"], LATENTS
     intrinsics = poses.transform_intrinsics(case["Ks"][:frames], (height, width))
-    packed = plucker.clip_control(
-        case["c2ws"][:frames], intrinsics, None, "cam", height, width, stride[1], stride[0]
-    )
+    c2w = case["c2ws"][:frames].astype(np.float64)
+    packed = cameras.clip_embedding(c2w, intrinsics, (height, width), stride[1], stride[0])
     yield "cam", np.moveaxis(packed, -1, 0)[None], case["cam"], Tolerance(atol=1e-5)
 
     texts = (pad_text(case[name], experts.config.text_len) for name in ("context", "context_null"))
