@@ -99,19 +99,18 @@ def write(folder: str | os.PathLike, arrays: Mapping[str, Any]) -> None:
 class Writer:
     """Writes named arrays layer by layer; `close` completes the folder. For one process.
 
-    Orbax makes the checkpoint around arrays of zeros that take no memory and next to no disk, and the values are
-    then written into its arrays.
+    Orbax makes the checkpoint around arrays of one element, which are then replaced by empty ones of the true shape.
     """
 
     def __init__(self, folder: str | os.PathLike, specs: Specs):
         """`specs` are shape and dtype by name; `folder` must not exist. Raises ConfigError."""
         self._folder, self._specs = located(folder), specs
         self._digests = dict.fromkeys(specs, 0)
-        zeros = {name: np.broadcast_to(np.zeros((), s.dtype), s.shape) for name, s in specs.items()}
+        single = {name: np.zeros((1,) * len(s.shape), s.dtype) for name, s in specs.items()}
         with _writing(self._folder):
             with ocp.Checkpointer(ocp.CompositeCheckpointHandler(**item_handlers())) as checkpointer:
-                checkpointer.save(self._folder, args=ocp.args.Composite(**{ARRAYS: save_args(zeros)}))
-            self._stores = {name: _open(self._folder, name).result() for name in specs}
+                checkpointer.save(self._folder, args=ocp.args.Composite(**{ARRAYS: save_args(single)}))
+            self._stores = {name: _open(self._folder, name, spec).result() for name, spec in specs.items()}
 
     def write(self, name: str, layer: int | None, value: np.ndarray) -> None:
         """Writes one layer, once (None: the whole of an array that is not stacked). Raises ConfigError."""
@@ -280,13 +279,27 @@ def _handler() -> ocp.PyTreeCheckpointHandler:
     return ocp.PyTreeCheckpointHandler(use_ocdbt=False, use_compression=False, type_handler_registry=handlers)
 
 
-def _open(folder: epath.Path, name: str) -> tensorstore.Future:
+def _open(folder: epath.Path, name: str, new: jax.ShapeDtypeStruct | None = None) -> tensorstore.Future:
+    """An array of a folder; with `new`, an empty one of that shape takes its place."""
     path = os.fspath(folder / ARRAYS / name)
     place = f"{path}/" if "://" in path else {"driver": "file", "path": path}
-    spec = {"driver": "zarr", "kvstore": place}
     # Zeros are values too: what is missing is damage.
-    spec |= {"fill_missing_data_reads": False, "store_data_equal_to_fill_value": True}
-    return tensorstore.open(spec, open=True)
+    spec = {"driver": "zarr", "kvstore": place, "fill_missing_data_reads": False}
+    spec |= {"store_data_equal_to_fill_value": True}
+    if new is None:
+        return tensorstore.open(spec, open=True)
+    spec |= {"dtype": np.dtype(new.dtype).name}
+    spec |= {"metadata": {"shape": list(new.shape), "chunks": _chunks(new), "compressor": None}}
+    return tensorstore.open(spec, create=True, delete_existing=True)
+
+
+def _chunks(spec: jax.ShapeDtypeStruct) -> list[int]:
+    """A chunk of at most CHUNK_BYTES: leading axes are divided first, so none holds two layers of a large array."""
+    chunk = list(spec.shape)
+    for axis, size in enumerate(spec.shape):
+        while math.prod(chunk) * np.dtype(spec.dtype).itemsize > CHUNK_BYTES and chunk[axis] > 1:
+            chunk[axis] = next(n for n in range(chunk[axis] - 1, 0, -1) if size % n == 0)
+    return chunk
 
 
 @contextlib.contextmanager

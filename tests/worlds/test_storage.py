@@ -1,8 +1,11 @@
 """Named arrays in a folder: whole, in place, layer by layer; and every flipped bit is seen."""
 
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 
 from lingbot_jax.config import ConfigError
@@ -61,12 +64,21 @@ def test_layers_written_one_by_one_make_the_same_folder(folder, tmp_path):
     equal(storage.read(tmp_path / "layers", specs(arrays())), arrays())
     digests = [(f / "digests" / "metadata").read_text() for f in (folder, tmp_path / "layers")]
     assert digests[0] == digests[1]
-    reader = storage.Reader(folder)
+    with ocp.PyTreeCheckpointer() as orbax:  # and so does Orbax itself
+        equal(orbax.restore(tmp_path / "layers" / "arrays"), arrays())
+    reader = storage.Reader(tmp_path / "layers")
     for name, array in arrays().items():
         assert (reader.specs[name].shape, reader.specs[name].dtype) == (array.shape, array.dtype)
     for layer in (2, 0, 1):
         array = arrays()["blocks.up.bias"][layer]
         np.testing.assert_array_equal(reader.read("blocks.up.bias", layer), array)
+
+
+def test_large_arrays_are_stored_in_chunks_of_a_layer_or_less(tmp_path, monkeypatch):
+    monkeypatch.setattr(storage, "CHUNK_BYTES", 64)
+    storage.Writer(tmp_path / "layers", {"a": jax.ShapeDtypeStruct((3, 4, 8), jnp.float32)})
+    described = json.loads((tmp_path / "layers" / "arrays" / "a" / ".zarray").read_text())
+    assert described["chunks"] == [1, 2, 8] and described["compressor"] is None
 
 
 def test_folder_that_was_not_closed_is_refused(tmp_path):
