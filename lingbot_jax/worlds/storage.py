@@ -14,6 +14,7 @@ Orbax and TensorStore raise many types of exceptions; they are turned into the t
 import collections
 import contextlib
 import json
+import math
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping
