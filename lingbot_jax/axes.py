@@ -18,7 +18,7 @@ MLP = "mlp"  # feed-forward width
 INPUT = "input"  # small input features: patches, frequencies, text width
 OUTPUT = "output"  # small output features: patches of the velocity, class logits
 VOCAB = "vocab"  # token ids
-NORM = "norm"  # gains, biases and modulation vectors of norms
+NORM = "norm"  # scales, biases and modulation vectors of norms
 KERNEL = "kernel"  # spatial or temporal taps of a convolution
 
 LOGICAL_AXES = (LAYERS, EMBED, HEADS, MLP, INPUT, OUTPUT, VOCAB, NORM, KERNEL)

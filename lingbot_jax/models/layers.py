@@ -74,34 +74,34 @@ class Mlp(nnx.Module):
 
 
 def layer_norm(x: Float[Array, "*n d"], eps: float) -> Float32[Array, "*n d"]:
-    """LayerNorm over the last axis without gain and bias, in float32."""
+    """LayerNorm over the last axis without scale and bias, in float32."""
     x = x.astype(jnp.float32)
     centred = x - x.mean(-1, keepdims=True)
     return centred * jax.lax.rsqrt(jnp.square(centred).mean(-1, keepdims=True) + eps)
 
 
 class LayerNorm(nnx.Module):
-    """LayerNorm with gain and bias, in float32."""
+    """LayerNorm with scale and bias, in float32."""
 
     def __init__(self, key: jax.Array, dim: int, eps: float):
-        self.gain = param(key, (dim,), (ax.NORM,), ones)
+        self.scale = param(key, (dim,), (ax.NORM,), ones)
         self.bias = param(key, (dim,), (ax.NORM,), zeros)
         self.eps = eps
 
     def __call__(self, x: Float[Array, "*n d"]) -> Float32[Array, "*n d"]:
-        return layer_norm(x, self.eps) * gathered(self.gain) + gathered(self.bias)
+        return layer_norm(x, self.eps) * gathered(self.scale) + gathered(self.bias)
 
 
 class RMSNorm(nnx.Module):
-    """RMSNorm with a gain, in float32. The published q and k norms run over all heads at once."""
+    """RMSNorm with a scale, in float32. The published q and k norms run over all heads at once."""
 
     def __init__(self, key: jax.Array, dim: int, eps: float):
-        self.gain = param(key, (dim,), (ax.NORM,), ones)
+        self.scale = param(key, (dim,), (ax.NORM,), ones)
         self.eps = eps
 
     def __call__(self, x: Float[Array, "*n d"]) -> Float32[Array, "*n d"]:
         x = x.astype(jnp.float32)
-        return x * jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + self.eps) * gathered(self.gain)
+        return x * jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + self.eps) * gathered(self.scale)
 
 
 def patchify(x: Float[Array, "b t h w c"], patch: tuple[int, int, int]) -> Float[Array, "b t p i"]:

@@ -252,6 +252,24 @@ def constrain_tokens(tokens: jax.Array) -> jax.Array:
     return jax.lax.with_sharding_constraint(tokens, PartitionSpec(BATCH_AXES, None, SEQ, *rest))
 
 
+def constrain_batch(x: jax.Array) -> jax.Array:
+    """Pins `b ...` to batch over data x fsdp; whole on every device where the batch does not divide."""
+    if _meshless():
+        return x
+    shape = jax.sharding.get_abstract_mesh().shape
+    divides = x.shape[0] % math.prod(shape[a] for a in BATCH_AXES) == 0
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(BATCH_AXES) if divides else PartitionSpec())
+
+
+def take_rows(table: nnx.Param, ids: jax.Array) -> jax.Array:
+    """Rows `ids` of a sharded `[rows d]` table, split as the table's: what moves is the ids, never the table."""
+    if _meshless():
+        return table[...][ids]
+    parts = spec(_axes_of(table, table[...].ndim))
+    found = table[...][jax.lax.with_sharding_constraint(ids, PartitionSpec())]
+    return jax.lax.with_sharding_constraint(found, PartitionSpec(*(None,) * ids.ndim, *parts[1:]))
+
+
 def constrain_like(tree: T) -> T:
     """Pins a tree of `nnx.Param`s (gradients, accumulated gradients) to the parameters' shardings."""
     if _meshless():

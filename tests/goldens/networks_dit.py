@@ -7,12 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from lingbot_jax.control.plucker import CONTROL_CHANNELS
-from lingbot_jax.models.config import DiTConfig
 from lingbot_jax.convert.names import expand
 from lingbot_jax.convert.names_dit import dit_table
 from lingbot_jax.convert.read import Arrays, fill
 from lingbot_jax.models import params, rope
 from lingbot_jax.models.attention import Attend
+from lingbot_jax.models.config import DiTConfig
 from lingbot_jax.models.dit import Condition, WorldDiT
 from tests.golden import Case, Tolerance
 

@@ -16,7 +16,7 @@ def by_hand(c: DiTConfig) -> tuple[int, int]:
     """Parameters of the base network and of its adapters, written out from the published layout."""
     d = c.dim
     linear = lambda i, o: i * o + o
-    attention = 4 * linear(d, d) + 2 * d  # q k v o, gains of q and k
+    attention = 4 * linear(d, d) + 2 * d  # q k v o, scales of q and k
     ffn = linear(d, c.ffn) + linear(c.ffn, d)
     block = 2 * attention + ffn + 6 * d + 2 * d  # modulation, affine norm
     patch = linear(c.in_channels * 4, d)

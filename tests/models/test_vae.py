@@ -23,7 +23,7 @@ def random_vae(config: VAEConfig) -> WanVAE:
     rng, filled = np.random.default_rng(0), []
     for path, leaf in nnx.to_flat_state(state):
         scale = np.prod(leaf.shape[:-1]) ** -0.5 if path[-1] == "kernel" else 0.1
-        value = scale * rng.standard_normal(leaf.shape) + (path[-1] == "gain")
+        value = scale * rng.standard_normal(leaf.shape) + (path[-1] == "scale")
         filled.append((path, leaf.replace(jnp.asarray(value, jnp.float32))))
     return nnx.merge(graph, nnx.from_flat_state(filled))
 

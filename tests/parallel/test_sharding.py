@@ -19,7 +19,7 @@ SPLIT = ("fsdp", "seq")
 class Block(nnx.Module):
     def __init__(self, key, width=16, axes=(ax.EMBED, ax.MLP)):
         self.up = params.param(key, (width, 24), axes)
-        self.gain = params.param(key, (width,), (ax.NORM,), params.ones)
+        self.scale = params.param(key, (width,), (ax.NORM,), params.ones)
 
 
 class Model(nnx.Module):
@@ -41,7 +41,7 @@ def test_parameters_are_split_over_fsdp_and_seq():
     placed = by_path(sharding.shardings(params.abstract(Model), MESH))
     specs = {path: s.spec for path, s in placed.items()}
     assert specs == {
-        "blocks.gain.value": PartitionSpec(None, SPLIT),
+        "blocks.scale.value": PartitionSpec(None, SPLIT),
         "blocks.up.value": PartitionSpec(None, SPLIT, None),
         "head.value": PartitionSpec(SPLIT, None),
     }
@@ -80,7 +80,7 @@ def test_refusals_name_the_numbers():
         sharding.spec((ax.EMBED, ax.EMBED))
     with pytest.raises(ConfigError, match=r"'width' is not in the sharding table"):
         sharding.spec(("width",))
-    with pytest.raises(ConfigError, match=r"gain \(12,\): 12 does not divide over fsdp x seq = 8 devices"):
+    with pytest.raises(ConfigError, match=r"scale \(12,\): 12 does not divide over fsdp x seq = 8 devices"):
         sharding.shardings(params.abstract(lambda key: Block(key, width=12)), MESH)
     with pytest.raises(ConfigError, match=r"mesh axis 'fsdp' is not one of \('rows',\)"):
         sharding.shardings(params.abstract(Block), AbstractMesh((8,), ("rows",)))

@@ -45,7 +45,7 @@ def world(config: DiTConfig = TINY, seed: int = 0) -> WorldDiT:
         values = rng.normal(size=leaf.shape)
         last = path[-2].key if hasattr(path[-2], "key") else str(path[-2])
         scale = leaf.shape[-2] ** -0.5 if last == "kernel" else 0.1
-        return jnp.asarray(values * scale + (last == "gain"), jnp.float32)
+        return jnp.asarray(values * scale + (last == "scale"), jnp.float32)
 
     return nnx.merge(graph, jax.tree_util.tree_map_with_path(draw, state))
 

@@ -10,6 +10,8 @@ from jax.sharding import PartitionSpec
 from lingbot_jax import axes as ax
 from lingbot_jax.config import ConfigError
 from lingbot_jax.models import params
+from lingbot_jax.models.config import UMT5Config
+from lingbot_jax.models.text import UMT5, TextTokens, UMT5Encoder
 from lingbot_jax.parallel import sharding
 from lingbot_jax.parallel.mesh import MeshConfig, make_mesh
 
@@ -67,3 +69,34 @@ def test_uneven_tokens_are_refused():
             jax.eval_shape(Block(jax.random.key(0)), jnp.zeros((2, 3, 6, 16)))
         with pytest.raises(ConfigError, match="batch: 3 does not divide over data x fsdp = 2"):
             jax.eval_shape(Block(jax.random.key(0)), jnp.zeros((3, 3, 8, 16)))
+
+
+TEXT = UMT5Config(
+    vocab=40,
+    dim=16,
+    heads=2,
+    head_dim=4,
+    ffn=24,
+    layers=2,
+    buckets=8,
+    max_distance=16,
+    length=6,
+    dtype="float32",
+)
+
+
+@pytest.mark.parametrize("texts", [8, 1])  # 1: does not divide over data x fsdp
+def test_texts_are_encoded_on_the_mesh_and_no_table_is_gathered(texts):
+    mesh = make_mesh(MeshConfig(data=2, fsdp=2, seq=2))
+    make = lambda key: UMT5(TEXT, key)
+    rng = np.random.default_rng(0)
+    lengths = rng.integers(1, 7, texts)
+    tokens = TextTokens(rng.integers(0, 40, (texts, 6)).astype(np.int32), np.arange(6) < lengths[:, None])
+    encode = lambda encoder, tokens: encoder(tokens)
+    alone = jax.jit(encode)(UMT5Encoder(jax.jit(make)(jax.random.key(0)), None), tokens)
+    encoder = UMT5Encoder(sharding.init_sharded(make, mesh, jax.random.key(0)), None)
+    assert encoder.model.embedding[...].sharding.spec == PartitionSpec(None, ("fsdp", "seq"))
+    with jax.set_mesh(mesh):
+        compiled = jax.jit(encode).lower(encoder, tokens).compile()
+        np.testing.assert_allclose(compiled(encoder, tokens), alone, rtol=1e-4, atol=1e-5)
+    assert "f32[40,16]" not in compiled.as_text()  # the whole table
