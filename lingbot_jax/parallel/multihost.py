@@ -25,13 +25,14 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from lingbot_jax.config import require
+from lingbot_jax.config import ConfigError, require
 from lingbot_jax.parallel.mesh import BATCH_AXES, SEQ
 from lingbot_jax.parallel.sharding import batch_sharding, check_divides
 
 T = TypeVar("T")
 
 HEARTBEAT = 30  # seconds without a sign of life after which a process counts as lost
+MESSAGE = 2048  # bytes of an error that are told to other processes
 LOST = 75  # exit code EX_TEMPFAIL: run the same command again
 
 
@@ -123,6 +124,39 @@ def global_batch(mesh: Mesh, local: T) -> T:
         return jax.make_array_from_process_local_data(sharding, np.asarray(x))
 
     return jax.tree.map(place, local)
+
+
+@contextlib.contextmanager
+def agree_on_errors(*kinds: type[Exception]) -> Iterator[None]:
+    """Errors of any process become errors of all, before a collective could wait for the one that failed.
+
+    Every process runs the same block, without collectives in it, and then hears how it ended for the others: the
+    first error, by process, is raised in all of them, of its own type if that is one of `kinds` (ConfigError always
+    is), else as RuntimeError. Blocks may be nested: an exchange is the same at every level, and an error that has
+    been exchanged is not exchanged again.
+    """
+    kinds = (*kinds, ConfigError, RuntimeError)
+    mine = None
+    try:
+        yield
+    except Exception as error:
+        if jax.process_count() == 1 or getattr(error, "agreed", False) or _lost(error):
+            raise
+        mine = error
+    if jax.process_count() == 1:
+        return
+    record = np.zeros(1 + MESSAGE, np.uint8)  # which kind, 0 for no error; then the message
+    if mine is not None:
+        kind = next((i for i, k in enumerate(kinds) if isinstance(mine, k)), len(kinds) - 1)
+        text = str(mine) if isinstance(mine, kinds) else f"{type(mine).__name__}: {mine}"
+        said = np.frombuffer(text.encode()[:MESSAGE], np.uint8)
+        record[0], record[1 : 1 + len(said)] = kind + 1, said
+    for index, (kind, *said) in enumerate(multihost_utils.process_allgather(record)):
+        if kind:
+            text = bytes(said).rstrip(b"\0").decode(errors="ignore")
+            agreed = mine if index == jax.process_index() else kinds[kind - 1](text)
+            agreed.agreed = True
+            raise agreed
 
 
 class Stop:

@@ -7,10 +7,12 @@ above the boundary, evenly spread.
 
 import dataclasses
 import functools
+import zlib
 from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from lingbot_jax.diffusion.flow import TIMESTEPS, add_noise, sample_sigma, velocity_target
@@ -43,11 +45,12 @@ class WorldObjective:
         return curriculum.update_count(self.config, network)
 
 
-def draw_known(key: PRNGKeyArray, batch: int, tasks: TaskConfig) -> Int[Array, "b"]:
-    """Latent conditioning frames of each sample: 1 (image-to-video), or 2..max (continuation)."""
-    kind, length = jax.random.split(key)
-    several = jax.random.randint(length, (batch,), 2, tasks.max_conditioning_frames + 1)
-    return jnp.where(jax.random.bernoulli(kind, tasks.continuation, (batch,)), several, 1)
+def draw_known(seed: int, step: int, batch: int, tasks: TaskConfig) -> Int[np.ndarray, "b"]:
+    """Latent conditioning frames of each sample: 1 (image-to-video), or 2..max (continuation). On the host: nothing
+    on the devices is waited for."""
+    rng = np.random.default_rng([seed, step, zlib.crc32(b"conditioning frames")])
+    several = rng.integers(2, tasks.max_conditioning_frames, batch, endpoint=True)
+    return np.where(rng.random(batch) < tasks.continuation, several, 1).astype(np.int32)
 
 
 def drop_conditions(
