@@ -4,9 +4,12 @@ A user's mistake (a wrong flag, field, file or combination) ends with exit code 
 names the field as it is typed, its value and what is allowed. Anything else is a bug and keeps its stack trace.
 """
 
+import importlib.util
+import pathlib
 import re
 import shlex
 import sys
+import tempfile
 import typing
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -119,6 +122,26 @@ def _parsed(text: str, kind: Any) -> Any:
             except ValueError:
                 return text
     return text
+
+
+# --- What is found before the work.
+
+
+def need(extras: str, *modules: str) -> None:
+    """Raises UserError where a module of an extra is not installed."""
+    for name in modules:
+        if importlib.util.find_spec(name) is None:
+            raise UserError(f"{name} is not installed: pip install -e '.[{extras}]'")
+
+
+def check_writable(folder: pathlib.Path, field: str) -> None:
+    """Raises ConfigError unless the folder is there, or can be made, and can be written to; makes nothing."""
+    there = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
+    try:
+        with tempfile.TemporaryFile(dir=there):
+            pass
+    except OSError as error:
+        raise ConfigError(f"{field} = {str(folder)!r}: cannot be written ({error.strerror})") from None
 
 
 # --- Running.

@@ -16,13 +16,13 @@ import numpy as np
 from jaxtyping import Float, UInt8
 from pydantic import Field
 
-from lingbot_jax.config import Count, Number, Path, Positive, PositiveInt, Seed, Text, config, require
+from lingbot_jax.config import Count, Number, Path, Positive, Seed, Text, config, require
 from lingbot_jax.control import keyboard, poses
 from lingbot_jax.diffusion.guidance import Guidance, Scale
 from lingbot_jax.diffusion.solvers import SolverName
 from lingbot_jax.models.codec import to_uint8
 from lingbot_jax.models.text import TextEncoder, is_truncated
-from lingbot_jax.rollout import events, images, windows
+from lingbot_jax.rollout import events, windows
 from lingbot_jax.rollout.path import CameraPath, clip_length, from_folder, from_keys, pinhole
 from lingbot_jax.rollout.sample import sample_clips, sample_config
 from lingbot_jax.rollout.session import Session, SessionConfig
@@ -173,6 +173,8 @@ def plan(config: GenerateConfig, world: WorldConfig) -> Plan:
     Raises:
       ConfigError: files that are none, sizes and lengths that the world has not, or a mode that it has not.
     """
+    from lingbot_jax.rollout import images  # needs an extra
+
     network, stride = world.network, world.codec.stride[0]
     changes = {n: getattr(config, n) for n in ("step_size", "turn_rate")}
     keys_do = dataclasses.replace(world.keyboard, **{k: v for k, v in changes.items() if v is not None})
@@ -302,7 +304,7 @@ def write(
     folder: pathlib.Path, plan: Plan, video: UInt8[np.ndarray, "f H W 3"], about: dict[str, Any]
 ) -> None:
     """Writes video.mp4, poses.npy, keys.npy and generation.json into an empty folder."""
-    from lingbot_jax.data.video import write_mp4  # needs an extra that sampling does without
+    from lingbot_jax.data.video import write_mp4  # needs an extra
 
     write_mp4(folder / "video.mp4", video, plan.config.fps, scale=plan.config.zoom)
     np.save(folder / "poses.npy", plan.path.c2w)
