@@ -1,32 +1,27 @@
-"""Checkpoints of a run: parameters, EMA, optimiser, loader state and config, written asynchronously by Orbax.
+"""Checkpoints of a run: a folder of named arrays (`worlds.storage`) per step, written asynchronously by Orbax.
 
-Orbax writes a step into a temporary directory and renames it when it is whole, so a run killed mid-write leaves
-the checkpoint before it. A finished step whose files were damaged later is reported and passed over: Orbax notices
-what is missing or cut, and a digest of the values, kept beside them, notices flipped bytes.
+Orbax writes a step into a temporary folder and gives it its name when it is whole, so a run killed meanwhile leaves
+the checkpoint before it. A step that was damaged later, be it by one bit, is reported and passed over.
 """
 
 import contextlib
-import dataclasses
-import json
 import logging
 import os
-import pathlib
-import re
+import threading
 from collections.abc import Iterator
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import orbax.checkpoint as ocp
-from jax.sharding import Mesh
 
-from lingbot_jax.config import ConfigError, build
-from lingbot_jax.models import params
-from lingbot_jax.parallel import sharding
-from lingbot_jax.training.config import CheckpointConfig, TrainConfig
-from lingbot_jax.training.state import Arrays, TrainState, abstract_model, abstract_state
+from lingbot_jax.config import ConfigError
+from lingbot_jax.parallel import multihost
+from lingbot_jax.training.config import CheckpointConfig
+from lingbot_jax.worlds import checksums, storage
 
 _log = logging.getLogger(__name__)
+
+COMMITTED = "commit_success.txt"  # Orbax's, the last file of a step
 
 
 class SaveFailed(RuntimeError):
@@ -34,62 +29,84 @@ class SaveFailed(RuntimeError):
 
 
 class Checkpoints:
-    """The checkpoints of one run directory; `read_only` leaves those that another process is writing alone."""
+    """The checkpoints of one run; all processes of a job call the same methods.
 
-    def __init__(self, run: str | pathlib.Path, config: CheckpointConfig, read_only: bool = False):
-        """Raises ConfigError: the directory cannot be made."""
-        self._directory = pathlib.Path(run).absolute() / "checkpoints"
-        if not read_only:
-            try:
-                self._directory.mkdir(parents=True, exist_ok=True)
-            except OSError as error:
-                raise ConfigError(f"run = {str(run)!r}: cannot be written ({error.strerror})") from None
-        options = ocp.CheckpointManagerOptions(
-            max_to_keep=None if read_only else config.keep,
-            save_interval_steps=0 if read_only else 1,
-            create=not read_only,
-            enable_async_checkpointing=True,
-            cleanup_tmp_directories=not read_only,  # what a killed run left half written
-            read_only=read_only,
-        )
-        self._manager = ocp.CheckpointManager(self._directory, options=options)
+    Args:
+      run: the run's folder, local or gs://.
+      read_only: for reading a run that another process may be writing.
+
+    Raises:
+      ConfigError: the folder cannot be made.
+    """
+
+    def __init__(self, run: str | os.PathLike, config: CheckpointConfig, read_only: bool = False):
+        self._run, self._directory = run, storage.located(run) / "checkpoints"
+        self._manager: ocp.CheckpointManager | None = None
         self._saving: int | None = None
+        self._sealing: _Sealing | None = None
+        if read_only:
+            return
+        with multihost.agree_on_errors(), self._making():
+            self._directory.mkdir(parents=True, exist_ok=True)
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=config.keep,
+            save_interval_steps=1,
+            enable_async_checkpointing=True,
+            cleanup_tmp_directories=True,  # what a killed run left half written
+        )
+        with self._making():
+            self._manager = ocp.CheckpointManager(
+                self._directory, options=options, item_handlers=storage.item_handlers()
+            )
 
-    def save(self, step: int, state: TrainState, loader: dict[str, Any]) -> None:
-        """Starts writing; returns once the values have left the device, so the state may be donated.
+    def steps(self) -> list[int]:
+        """Steps of the checkpoints that were written to their end, rising; the same in every process."""
+        with (
+            multihost.agree_on_errors(),
+            storage.errors_as(lambda why: ConfigError(f"run = {str(self._run)!r}: cannot be read ({why})")),
+        ):
+            there = jax.process_index() == 0 and self._directory.exists()
+            found = sorted(ocp.utils.checkpoint_steps(self._directory)) if there else []
+        return multihost.from_first(found)
+
+    def save(self, step: int, tree: Any) -> None:
+        """Starts writing; returns once the values have left the device, so the arrays may be donated.
+
+        Args:
+          tree: any tree of arrays. Its paths (`storage.named`) are the names in the checkpoint.
 
         Raises:
           SaveFailed: this one cannot be begun, or the one before it could not be written.
         """
         self.wait()
+        items = storage.items(storage.named(tree))
         self._saving = step
-        fields = _fields(state)
-        extra = {"loader": loader, "digests": {name: int(d) for name, d in _digests(fields).items()}}
-        items = ocp.args.Composite(state=ocp.args.PyTreeSave(fields), extra=ocp.args.JsonSave(extra))
         with self._writing():
             if step in self._manager.all_steps():  # a damaged one, which `restore` passed over
                 self._manager.delete(step)
             self._manager.save(step, args=items, force=True)
+        if jax.process_index() == 0:
+            self._sealing = _Sealing(self._directory / str(step))
 
-    def restore(self, template: TrainState) -> tuple[TrainState, dict[str, Any]] | None:
-        """The newest whole checkpoint, on the shardings of `template` (ShapeDtypeStructs); None if there is none.
+    def restore(self, template: Any) -> Any | None:
+        """The newest whole checkpoint in the structure of `template`; None if there is none.
+
+        All processes come to the same step: one that any of them cannot read is passed over by all.
+
+        Args:
+          template: a tree of ShapeDtypeStruct with shardings. Its top level names fields of what was saved: fields
+            that it leaves out are not read; of one that it names, all arrays are wanted.
 
         Raises:
-          ConfigError: there are checkpoints and none of them can be read.
+          ConfigError: there are checkpoints and none of them can be read; or they are of other arrays.
         """
-        found = self.restore_fields(_fields(template))
-        return found and (TrainState(**found[0]), found[1])
-
-    def restore_fields(self, template: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]] | None:
-        """As `restore`, for some fields of the state only: the others are not read."""
         failures = []
-        for step in sorted(self._manager.all_steps(), reverse=True):
+        for step in reversed(self.steps()):
             try:
-                return self._restore(step, template)
-            except Exception as error:  # Orbax and TensorStore raise many types for damaged files
-                reason = _reason(error)
-                failures.append(f"{step}: {reason}")
-                _log.warning("checkpoint %d cannot be read, trying the one before: %s", step, reason)
+                return storage.read(self._directory / str(step), template, fields_only=True)
+            except storage.Damaged as error:
+                failures.append(f"{step}: {error.why}")
+                _log.warning("checkpoint %d cannot be read, trying the one before: %s", step, error.why)
         if failures:
             raise ConfigError(
                 f"run: no checkpoint in {self._directory} can be read ({'; '.join(failures)}); choose another run "
@@ -97,28 +114,20 @@ class Checkpoints:
             )
         return None
 
-    def _restore(self, step: int, template: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-        restore_args = ocp.checkpoint_utils.construct_restore_args(template)
-        state = ocp.args.PyTreeRestore(template, restore_args=restore_args, partial_restore=True)
-        restored = self._manager.restore(
-            step, args=ocp.args.Composite(state=state, extra=ocp.args.JsonRestore())
-        )
-        for name, digest in _digests(restored.state).items():
-            if int(digest) != restored.extra["digests"][name]:
-                raise ValueError(
-                    f"the values of {name} do not match their digest: the files were changed after writing"
-                )
-        return restored.state, restored.extra["loader"]
-
     def wait(self) -> None:
         """Blocks until what was saved is on disk. Raises SaveFailed."""
-        if self._saving is not None:
-            with self._writing():
-                self._manager.wait_until_finished()
-                self._manager.check_for_errors()
+        if self._saving is None:
+            return
+        with self._writing():
+            self._manager.wait_until_finished()
+            self._manager.check_for_errors()
+        if self._sealing is not None:
+            self._sealing.finish()
+        self._saving = self._sealing = None
 
     def close(self) -> None:
-        self._manager.close()
+        if self._manager is not None:
+            self._manager.close()
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -130,79 +139,48 @@ class Checkpoints:
         if kind is None:
             self.close()
 
+    def _making(self) -> contextlib.AbstractContextManager[None]:
+        say = lambda why: ConfigError(f"run = {str(self._run)!r}: cannot be written ({why})")
+        return storage.errors_as(say)
+
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:
         """Errors while writing, of this thread or Orbax's own, as one line."""
         try:
-            yield
-        except jax.errors.JaxRuntimeError:  # another process is gone: not the disk's fault
+            with storage.errors_as(self._failed):
+                yield
+        except SaveFailed:
+            self._saving = self._sealing = None
             raise
-        except Exception as error:  # Orbax and TensorStore raise many types for what a disk refuses
-            step, self._saving = self._saving, None
-            raise SaveFailed(
-                f"checkpoint {step} could not be written to {self._directory}: {_reason(error)}; the ones before it "
-                "are whole: free space or mend the directory, then the same command resumes"
-            ) from error
 
-
-def load_ema(run: str | pathlib.Path, mesh: Mesh | None = None) -> Arrays:
-    """All parameters of a run, averaged where they were trained, from its newest checkpoint.
-
-    Args:
-      mesh: if given, every parameter is read into its place on it.
-
-    Raises:
-      ConfigError: no run or no checkpoint there.
-    """
-    config = load_config(run)
-    state = abstract_state(config)
-    fields = {"ema": state.ema, "frozen": state.frozen}
-    if mesh is not None:
-        axes = params.logical_axes(abstract_model(config))
-        fields = sharding.specs(fields, sharding.shardings_by_path(fields, axes, mesh))
-    checkpoints = Checkpoints(run, config.checkpoint, read_only=True)
-    found = checkpoints.restore_fields(fields)
-    checkpoints.close()
-    if found is None:
-        raise ConfigError(f"run = {str(run)!r}: it has no checkpoint yet")
-    return found[0]["ema"] | found[0]["frozen"]
-
-
-def load_config(run: str | pathlib.Path) -> TrainConfig:
-    """The configuration a run directory was made with. Raises ConfigError."""
-    path = pathlib.Path(run) / "config.json"
-    if not path.is_file():
-        raise ConfigError(
-            f"run = {str(run)!r}: no run directory (config.json is missing); experiments.train makes one"
+    def _failed(self, why: str) -> SaveFailed:
+        return SaveFailed(
+            f"checkpoint {self._saving} could not be written to {self._directory}: {why}; the ones before it are "
+            "whole: free space or mend the directory, then the same command resumes"
         )
-    return build(TrainConfig, json.loads(path.read_text()))
 
 
-def _reason(error: BaseException) -> str:
-    """An error in a few words: where a system call failed, the system's (`No space left on device`)."""
-    found = re.search(r"(?:OS error |os_error_code='|Errno )(\d+)", str(error))  # of TensorStore, of Python
-    text = os.strerror(int(found[1])) if found else str(error) or type(error).__name__
-    return text.strip().splitlines()[0][:160]
+class _Sealing:
+    """Seals a checkpoint as soon as it is whole, in a thread: Orbax tells nobody.
 
+    A run that is killed in between leaves a checkpoint without a seal, which is read all the same.
+    """
 
-def _fields(state: TrainState) -> dict[str, Any]:
-    return {field.name: getattr(state, field.name) for field in dataclasses.fields(state)}
+    def __init__(self, folder: Any):
+        self._folder, self._over = folder, threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
 
+    def _run(self) -> None:
+        while not self._over.wait(0.5) and not (self._folder / COMMITTED).exists():
+            continue
+        try:
+            if (self._folder / COMMITTED).exists():
+                checksums.seal(self._folder)
+        except Exception as error:
+            _log.warning("checkpoint %s has no seal: %s", self._folder, storage.reason(error))
 
-@jax.jit
-def _digests(fields: dict[str, Any]) -> dict[str, jax.Array]:
-    return {name: _digest(tree) for name, tree in fields.items()}
-
-
-def _digest(tree: Any) -> jax.Array:
-    """A 32-bit digest of all bits. Integer sums wrap and commute, so it does not depend on the sharding."""
-    total = jnp.uint32(0)
-    for leaf in jax.tree.leaves(tree):
-        bits = jnp.uint16 if leaf.dtype.itemsize == 2 else jnp.uint32
-        words = jax.lax.bitcast_convert_type(leaf, bits).astype(jnp.uint32)
-        # An odd weight per position along every axis: any flipped bit changes the sum.
-        for axis, size in enumerate(words.shape):
-            index = jax.lax.broadcasted_iota(jnp.uint32, words.shape, axis)
-            words = words * (2 * (index + jnp.uint32(size)) * jnp.uint32(0x9E3779B1) + jnp.uint32(1))
-        total = total * jnp.uint32(0x01000193) + words.sum(dtype=jnp.uint32)
-    return total
+    def finish(self) -> None:
+        """Orbax is done: blocks until the seal is there."""
+        self._over.set()
+        self._thread.join()
