@@ -135,7 +135,7 @@ def state(folder: pathlib.Path, devices: int) -> None:
     counts = {name: objective.update_count(name) for name in config.world.networks}
     wanted = vars(abstract_state(config, mesh, objective.trains, counts))
     restored = Checkpoints(config.run, read_only=True).restore(wanted)
-    digests = {name: int(d) for name, d in checksums.digests(storage.named(restored)).items()}
+    digests = {name: int(d) for name, d in checksums.digests_of(storage.named(restored)).items()}
     rows = multihost.rows_of_process(mesh, config.data.batch)
     data = Dataset(config.data)
     ids = [[r, str(data.row(config.steps, r)["record_ids"])] for r in rows]
