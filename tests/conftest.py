@@ -10,3 +10,5 @@ NETWORK = ("attention", "control", "dit", "experts", "layers", "rope")
 CHECKED = [f"lingbot_jax.models.{name}" for name in NETWORK] + ["lingbot_jax.control"]
 
 install_import_hook(CHECKED, "beartype.beartype")
+
+from tests.object_store import broken_bucket, bucket  # noqa: E402, F401
