@@ -27,7 +27,7 @@ TOKENIZER_FILE = "google/umt5-xxl/tokenizer.json"
 WORDS = (
     "a narrow corridor door snow an the of in on and with long dark bright corridors doors room rooms "
     "forest game first person view walks walk stone brick walls floor light lamp"
-).split()
+).split()  # noqa: SIM905
 
 Tensors = dict[str, np.ndarray]
 
