@@ -96,6 +96,12 @@ def write_bundle_config(folder: epath.PathLike, config: WorldConfig) -> None:
     (epath.Path(folder) / BUNDLE).write_text(json.dumps(values, indent=1) + "\n")
 
 
+def write_codec(folder: epath.PathLike, codec: Any) -> None:
+    """Writes a bundle that holds a codec and nothing else: what `experiments.fit_codec` makes and a run copies."""
+    storage.write(params_folder(folder, CODEC), params.arrays_of(codec))
+    write_bundle_config(folder, WorldConfig(codec=codec.config))
+
+
 def default_mesh() -> Mesh:
     """All devices of the job share every sample: what sampling and play want."""
     return make_mesh(MeshConfig(fsdp=1, seq=-1))
