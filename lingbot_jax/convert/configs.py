@@ -1,4 +1,4 @@
-"""Configs of networks, strictly from their `config.json`; of the two published files that have none, from their tensors.
+"""Configs of networks, strictly from their `config.json`; of the two published files that have none, from tensors.
 
 Errors name the fields as config.json has them.
 """

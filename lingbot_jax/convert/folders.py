@@ -21,8 +21,9 @@ from lingbot_jax.config import ConfigError, build
 from lingbot_jax.control.plucker import Control
 from lingbot_jax.convert import configs, names_dit, names_text, names_vae
 from lingbot_jax.convert.names import Entry
-from lingbot_jax.convert.read import Safetensors, Source, TorchFile, open_safetensors, read_json
+from lingbot_jax.convert.read import Safetensors, Source, TorchFile, open_safetensors
 from lingbot_jax.models.config import DiTConfig, UMT5Config, VAEConfig
+from lingbot_jax.worlds import storage
 from lingbot_jax.worlds.config import BOUNDARY, CausalConfig, SampleConfig, WorldConfig
 from lingbot_jax.worlds.world import CODEC, TEXT
 
@@ -84,7 +85,9 @@ def find(folder: str | pathlib.Path, control: Control | None = None) -> Checkpoi
     if not folder.is_dir():
         raise ConfigError(f"source = {str(folder)!r}: no such folder")
     places = [folder, *sorted(p for p in folder.iterdir() if p.is_dir())]
-    found = {p: read_json(p / "config.json") for p in places if (p / "config.json").is_file()}
+    found = {
+        p: storage.read_json(p / "config.json", "source") for p in places if (p / "config.json").is_file()
+    }
     kinds = {place: _class(values) for place, values in found.items()}
     if kinds.get(folder, WAN[0]) not in KNOWN:
         raise ConfigError(
@@ -152,8 +155,8 @@ def _transformers(folder: pathlib.Path, kinds: Mapping[pathlib.Path, str]) -> di
         names = ["world"]  # of a pipeline with one transformer
     if len(places) > 1 and sorted(names) != ["high", "low"]:
         raise ConfigError(
-            f"{len(places)} transformer folders, {', '.join(p.name for p in places[:5])}: expected high_noise_model/ and "
-            "low_noise_model/, or transformer/ and transformer_2/, or a single one"
+            f"{len(places)} transformer folders, {', '.join(p.name for p in places[:5])}: expected "
+            "high_noise_model/ and low_noise_model/, or transformer/ and transformer_2/, or a single one"
         )
     return dict(zip(names, places, strict=True))
 
@@ -164,7 +167,7 @@ def _two_experts(folder: pathlib.Path) -> bool:
 
 def _index(folder: pathlib.Path) -> dict[str, Any]:
     path = folder / "model_index.json"
-    return read_json(path) if path.is_file() else {}
+    return storage.read_json(path, "source") if path.is_file() else {}
 
 
 def _boundary(folder: pathlib.Path) -> Any:
@@ -175,7 +178,7 @@ def _boundary(folder: pathlib.Path) -> Any:
 def _sample(folder: pathlib.Path) -> SampleConfig:
     """As published, with the shift of the folder's scheduler if it has one."""
     path = folder / "scheduler" / "scheduler_config.json"
-    values = read_json(path) if path.is_file() else {}
+    values = storage.read_json(path, "source") if path.is_file() else {}
     name = next((name for name in ("flow_shift", "shift") if values.get(name) is not None), None)
     shift = (
         SampleConfig().shift if name is None else _checked(SampleConfig, "shift", values[name], path, name)
@@ -206,9 +209,7 @@ def _codec(folder: pathlib.Path, found: Mapping, kinds: Mapping[pathlib.Path, st
     for place, kind in kinds.items():
         if kind == DIFFUSERS_VAE:
             config = configs.diffusers_vae(found[place], place)
-            return Network(
-                CODEC, "diffusers", config, names_vae.diffusers(config), open_safetensors(place)
-            )
+            return Network(CODEC, "diffusers", config, names_vae.diffusers(config), open_safetensors(place))
     source = _file(folder, VAE_FILE)
     if source is None:
         return None
@@ -226,9 +227,7 @@ def _text(
     source = _file(folder, TEXT_FILE)
     if source is None:
         return None
-    return Network(
-        TEXT, "published", configs.published_umt5(source, length), names_text.published(), source
-    )
+    return Network(TEXT, "published", configs.published_umt5(source, length), names_text.published(), source)
 
 
 def _file(folder: pathlib.Path, stem: str) -> Source | None:

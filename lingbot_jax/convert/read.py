@@ -5,11 +5,10 @@ that converting never holds more than one layer of one parameter.
 """
 
 import dataclasses
-import json
 import os
 import pathlib
 from collections.abc import Mapping
-from typing import Any, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import jax.numpy as jnp
 import ml_dtypes
@@ -20,8 +19,8 @@ from safetensors import SafetensorError, safe_open
 from lingbot_jax.config import ConfigError
 from lingbot_jax.convert.names import Entry, Slot, expand, layers_of, part_names
 from lingbot_jax.models import params
+from lingbot_jax.worlds import storage
 
-JSON_BYTES = 64 << 20  # of a file; the published ones are below 1 MB
 SHOWN = 5  # differences that an error names
 
 # What safetensors calls the dtypes that a parameter may have.
@@ -134,7 +133,7 @@ def open_safetensors(folder: pathlib.Path) -> Safetensors:
     """
     indices = sorted(folder.glob("*.safetensors.index.json"))
     if len(indices) == 1:
-        weight_map = read_json(indices[0]).get("weight_map")
+        weight_map = storage.read_json(indices[0], "source").get("weight_map")
         if not (isinstance(weight_map, dict) and weight_map):
             raise ConfigError(f"{indices[0]}: weight_map must be a group of tensor names with their files")
         for name, file in weight_map.items():
@@ -190,23 +189,6 @@ class TorchFile:
         if tensor.dtype.itemsize == 2:  # PyTorch hands no bfloat16 to NumPy: the bits go over as integers
             return tensor.view(self._int16).numpy().view(self.tensors[name].dtype)
         return tensor.numpy()
-
-
-def read_json(path: pathlib.Path) -> dict[str, Any]:
-    """A JSON object from a file. Raises ConfigError."""
-    if not path.is_file():
-        raise ConfigError(f"{path}: no such file")
-    if path.stat().st_size > JSON_BYTES:
-        raise ConfigError(f"{path}: is larger than {JSON_BYTES >> 20} MiB")
-    try:
-        value = json.loads(path.read_text())
-    except RecursionError:
-        raise ConfigError(f"{path}: is nested too deeply") from None
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{path}: not JSON ({error})") from None
-    if not isinstance(value, dict):
-        raise ConfigError(f"{path}: not a JSON object")
-    return value
 
 
 def differences(slots: Mapping[str, Slot], source: Source) -> list[str]:

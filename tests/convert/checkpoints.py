@@ -8,12 +8,10 @@ import numpy as np
 import tokenizers
 from safetensors.numpy import save_file
 
-from lingbot_jax.models.config import DiTConfig
 from lingbot_jax.convert import names_dit, names_text, names_vae
 from lingbot_jax.convert.folders import TEXT_FILE, TOKENIZER_FILES, VAE_FILE, parameter_shapes
 from lingbot_jax.convert.names import Entry, expand
-from lingbot_jax.models.config import UMT5Config
-from lingbot_jax.models.config import VAEConfig
+from lingbot_jax.models.config import DiTConfig, UMT5Config, VAEConfig
 
 DIT = DiTConfig(
     dim=24, layers=3, heads=2, ffn=40, freq_dim=8, text_dim=16, text_len=6, control="cam", dtype="bfloat16"

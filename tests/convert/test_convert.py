@@ -14,15 +14,13 @@ from safetensors.numpy import load_file, save_file
 
 from experiments import convert as cli
 from lingbot_jax.config import ConfigError
-from lingbot_jax.models.config import W14B, DiTConfig
 from lingbot_jax.convert import folders, names_dit, names_vae, write
 from lingbot_jax.convert.folders import TEXT_FILE, VAE_FILE, parameter_shapes
 from lingbot_jax.convert.names import Entry, expand
 from lingbot_jax.convert.read import Arrays, fill, open_safetensors
 from lingbot_jax.models import params
+from lingbot_jax.models.config import W14B, DiTConfig, UMT5Config, VAEConfig
 from lingbot_jax.models.dit import WorldDiT
-from lingbot_jax.models.config import UMT5Config
-from lingbot_jax.models.config import VAEConfig
 from lingbot_jax.models.vae import WanVAE
 from lingbot_jax.serve import bundle
 from tests.convert import checkpoints
