@@ -223,7 +223,11 @@ def _text(
     for place, kind in kinds.items():
         if kind == UMT5:
             config = configs.transformers_umt5(found[place], place, length)
-            return Network(TEXT, "diffusers", config, names_text.transformers(), open_safetensors(place))
+            source = open_safetensors(place)
+            only_tied = "shared.weight" not in source.tensors and names_text.TIED in source.tensors
+            if not only_tied:
+                source.tensors.pop(names_text.TIED, None)
+            return Network(TEXT, "diffusers", config, names_text.transformers(only_tied), source)
     source = _file(folder, TEXT_FILE)
     if source is None:
         return None

@@ -75,7 +75,8 @@ def _sampling(config: WorldConfig) -> list[str]:
         sample, guidance = config.sample, config.sample.guidance
         lines.append(
             f"sampling: {sample.steps} steps of {sample.solver}, shift {sample.shift:g}, guidance "
-            f"{guidance.low:g} (low) {guidance.high:g} (high), negative prompt of {len(sample.negative_prompt)} characters"
+            f"{guidance.low:g} (low) {guidance.high:g} (high), "
+            f"negative prompt of {len(sample.negative_prompt)} characters"
         )
     if config.causal is not None:
         causal = config.causal

@@ -28,39 +28,6 @@ _TEXT = (
     "a narrow corridor door snow an the of in on and with long dark bright corridors doors room rooms "
     "forest game first person view walks walk stone brick walls floor light lamp"
 )
-    "a",
-    "narrow",
-    "corridor",
-    "door",
-    "snow",
-    "an",
-    "the",
-    "of",
-    "in",
-    "on",
-    "and",
-    "with",
-    "long",
-    "dark",
-    "bright",
-    "corridors",
-    "doors",
-    "room",
-    "rooms",
-    "forest",
-    "game",
-    "first",
-    "person",
-    "view",
-    "walks",
-    "walk",
-    "stone",
-    "brick",
-    "walls",
-    "floor",
-    "light",
-    "lamp",
-]  # noqa: SIM905
 
 Tensors = dict[str, np.ndarray]
 
