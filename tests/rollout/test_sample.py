@@ -48,10 +48,13 @@ def test_guided_euler_equals_the_loop_written_out():
     mask = np.zeros((2, 3, 2, 4, 4), np.float32)
     mask[:, 0] = 1
     image = codec().encode(jnp.asarray(shown))
-    control = make_condition(TINY, (2, 4), None, given.camera, conditioning_frames(codec(), shown, given.known)).control
+    control = make_condition(
+        TINY, (2, 4), None, given.camera, conditioning_frames(codec(), shown, given.known)
+    ).control
     forward = jax.jit(network())
     conditions = [
-        Condition(text=world().text.encode(p), control=control, mask=mask, image=image) for p in (PROMPTS, ["", ""])
+        Condition(text=world().text.encode(p), control=control, mask=mask, image=image)
+        for p in (PROMPTS, ["", ""])
     ]
     x, levels = noise, schedule.euler(3, 3.0).sigmas
     for now, after in zip(levels[:-1], levels[1:], strict=True):
