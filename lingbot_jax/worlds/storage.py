@@ -163,7 +163,7 @@ class Reader:
         return value
 
 
-def read(folder: str | os.PathLike, wanted: Any, fields_only: bool = False) -> Any:
+def read(folder: str | os.PathLike, wanted: Any, fields_only: bool = False, partial: bool = False) -> Any:
     """Arrays of a folder in the structure of `wanted`, each read straight into its place.
 
     Several processes call this together and read their own parts; all end alike. The arrays are converted to the
@@ -174,6 +174,7 @@ def read(folder: str | os.PathLike, wanted: Any, fields_only: bool = False) -> A
         comes to the first device of this process. All shardings are of the same devices.
       fields_only: the top level of `wanted` names fields, and arrays of other fields are let be; else they are
         surplus and refused.
+      partial: whatever is not wanted is let be.
 
     Raises:
       Damaged: the folder cannot be read, or values do not match their digest.
@@ -188,6 +189,8 @@ def read(folder: str | os.PathLike, wanted: Any, fields_only: bool = False) -> A
         if fields_only:
             fields = {name.partition(".")[0] for name in names}
             stored = {name: s for name, s in stored.items() if name.partition(".")[0] in fields}
+        if partial:
+            stored = {name: s for name, s in stored.items() if name in names}
         check_fit(f"{folder}", stored, names)
         with _reading(folder):
             values = _restore(folder, stored, names)

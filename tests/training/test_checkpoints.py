@@ -11,7 +11,7 @@ import optax
 import pytest
 
 from lingbot_jax.config import ConfigError
-from lingbot_jax.training.checkpoints import Checkpoints, SaveFailed
+from lingbot_jax.worlds.checkpoints import Checkpoints, SaveFailed
 from lingbot_jax.training.config import CheckpointConfig
 
 CONFIG = CheckpointConfig(every=1, keep=2)

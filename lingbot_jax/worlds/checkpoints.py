@@ -8,17 +8,18 @@ import contextlib
 import logging
 import os
 import threading
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, TypeVar
 
 import jax
 import orbax.checkpoint as ocp
+from etils import epath
 
 from lingbot_jax.config import ConfigError
 from lingbot_jax.parallel import multihost
-from lingbot_jax.training.config import CheckpointConfig
 from lingbot_jax.worlds import checksums, storage
 
+T = TypeVar("T")
 _log = logging.getLogger(__name__)
 
 COMMITTED = "commit_success.txt"  # Orbax's, the last file of a step
@@ -32,14 +33,14 @@ class Checkpoints:
     """The checkpoints of one run; all processes of a job call the same methods.
 
     Args:
-      run: the run's folder, local or gs://.
+      run: the run's folder, local or gs://. keep: newest checkpoints that are kept.
       read_only: for reading a run that another process may be writing.
 
     Raises:
       ConfigError: the folder cannot be made.
     """
 
-    def __init__(self, run: str | os.PathLike, config: CheckpointConfig, read_only: bool = False):
+    def __init__(self, run: str | os.PathLike, keep: int = 3, read_only: bool = False):
         self._run, self._directory = run, storage.located(run) / "checkpoints"
         self._manager: ocp.CheckpointManager | None = None
         self._saving: int | None = None
@@ -49,7 +50,7 @@ class Checkpoints:
         with multihost.agree_on_errors(), self._making():
             self._directory.mkdir(parents=True, exist_ok=True)
         options = ocp.CheckpointManagerOptions(
-            max_to_keep=config.keep,
+            max_to_keep=keep,
             save_interval_steps=1,
             enable_async_checkpointing=True,
             cleanup_tmp_directories=True,  # what a killed run left half written
@@ -100,10 +101,36 @@ class Checkpoints:
         Raises:
           ConfigError: there are checkpoints and none of them can be read; or they are of other arrays.
         """
+        return self._newest(lambda folder: storage.read(folder, template, fields_only=True))
+
+    def averaged(self, network: str, wanted: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
+        """A network's parameters in the newest whole checkpoint, averaged where they trained (`ema`).
+
+        Args:
+          wanted: parameters by path; each is read into its place.
+
+        Raises:
+          ConfigError: the run has no checkpoint yet, or none that can be read; or another network.
+        """
+
+        def read(folder: epath.Path) -> dict[str, jax.Array]:
+            stored = storage.Reader(folder).specs
+            names = {path: f"ema.{network}.{path}" for path in wanted}
+            names = {p: n if n in stored else f"params.{network}.{p}" for p, n in names.items()}
+            arrays = storage.read(folder, {names[path]: spec for path, spec in wanted.items()}, partial=True)
+            return {path: arrays[name] for path, name in names.items()}
+
+        found = self._newest(read)
+        if found is None:
+            raise ConfigError(f"run = {str(self._run)!r}: it has no checkpoint yet")
+        return found
+
+    def _newest(self, read: Callable[[epath.Path], T]) -> T | None:
+        """What `read` makes of the newest checkpoint that it can read; None if there is none."""
         failures = []
         for step in reversed(self.steps()):
             try:
-                return storage.read(self._directory / str(step), template, fields_only=True)
+                return read(self._directory / str(step))
             except storage.Damaged as error:
                 failures.append(f"{step}: {error.why}")
                 _log.warning("checkpoint %d cannot be read, trying the one before: %s", step, error.why)
