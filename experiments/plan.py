@@ -23,6 +23,9 @@ import jax
 import jax.numpy as jnp
 from absl import flags
 from jax.experimental import topologies
+from lingbot_jax.parallel.hlo import Program
+from lingbot_jax.parallel.intended import Intended, Matrix, state_faults
+from lingbot_jax.parallel.plan import chip, collective_bytes, forward_flops, roofline
 
 from experiments import common
 from experiments.common import UserError
@@ -30,10 +33,7 @@ from lingbot_jax.config import require
 from lingbot_jax.models.dit import Condition
 from lingbot_jax.models.params import flat_params
 from lingbot_jax.parallel import multihost, sharding
-from lingbot_jax.parallel.hlo import Program
-from lingbot_jax.parallel.intended import Intended, Matrix, state_faults
 from lingbot_jax.parallel.mesh import DATA, SEQ, MeshConfig, make_mesh
-from lingbot_jax.parallel.plan import chip, collective_bytes, forward_flops, roofline
 from lingbot_jax.training.config import TrainConfig
 from lingbot_jax.training.loop import jit_step, place_state
 from lingbot_jax.training.state import TrainState, abstract_model, abstract_state, take_expert
