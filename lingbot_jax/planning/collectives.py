@@ -54,9 +54,7 @@ def collectives(module: HloModule, mesh_shape: dict[str, int]) -> list[Collectiv
             shapes = made.shapes[-1:] if made.opcode.endswith("-start") else made.shapes
             if kind == "all-reduce" and name.startswith("all-reduce-scatter"):
                 kind = "reduce-scatter"
-                shapes = tuple(
-                    Shape(s.dtype, (s.elements // groups.shape[1],), s.scratch) for s in shapes
-                )
+                shapes = tuple(Shape(s.dtype, (s.elements // groups.shape[1],), s.scratch) for s in shapes)
             received = _received(kind, sum(s.bytes for s in shapes), groups.shape[1])
             found.append(Collective(kind, axes, shapes, received * times, times, operation(made)))
     return found

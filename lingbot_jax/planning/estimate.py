@@ -8,13 +8,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 
 from lingbot_jax.models.params import flat_params
 from lingbot_jax.parallel import sharding
 from lingbot_jax.parallel.mesh import DATA, SEQ
 from lingbot_jax.planning.hlo import HloModule
 from lingbot_jax.planning.intended import Intended, Matrix, state_faults
-from lingbot_jax.planning.programs import Case
+from lingbot_jax.planning.programs import Case, tokens_of
 from lingbot_jax.planning.roofline import Roofline, collective_bytes, roofline
 from lingbot_jax.training.state import TrainState
 from lingbot_jax.training.step import Program
@@ -138,9 +139,7 @@ def plan_train(case: Case, tokens: float = 1e11) -> Plan:
         memory.argument_size_in_bytes,
     )
     hours = tokens / (plan.tokens_per_step / line.seconds) * plan.chips / 3600
-    return dataclasses.replace(
-        plan, faults=plan.faults + split, chip_hours=hours, chip_hours_tokens=tokens
-    )
+    return dataclasses.replace(plan, faults=plan.faults + split, chip_hours=hours, chip_hours_tokens=tokens)
 
 
 PROGRAMS = {"train": plan_train, "encode": plan_encode}
@@ -157,7 +156,7 @@ def _plan(case: Case, program: str, held: dict[str, int]) -> Plan:
         chips=case.mesh.size,
         mesh=dict(case.mesh.shape),
         batch=config.data.batch,
-        tokens_per_step=config.data.batch * case.tokens,
+        tokens_per_step=config.data.batch * tokens_of(case.config),
         remat=config.world.network.remat,
         grad_accum_steps=config.optimizer.grad_accum_steps,
         hbm_limit_bytes=int(case.chip.hbm),
@@ -233,10 +232,11 @@ def _intended(case: Case) -> Intended:
         mesh=dict(case.mesh.shape),
         matrices=tuple(_matrices(case)),
         microsteps=parts,
-        tokens=case.tokens,
+        tokens=tokens_of(case.config),
         text=network.text_len,
         width=network.head_dim,
         samples=config.data.batch // parts // case.rows,
+        summed=_summed(case),
     )
 
 
@@ -245,11 +245,26 @@ def _matrices(case: Case) -> Iterator[Matrix]:
     network = case.config.world.network
     name, compute = next(iter(case.run.world.networks)), jnp.dtype(network.dtype).itemsize
     for path, leaf in flat_params(template(network)).items():
-        axes = leaf.get_metadata()["axes"]
-        if len(axes) == 2 and None not in axes:
+        if _is_matrix(leaf):
             stacked = len(leaf.shape) > 2
             layers, itemsize = (leaf.shape[0], compute) if stacked else (1, 4)
             yield Matrix(leaf.shape[-2:], layers, itemsize, case.objective.trains(name, path))
+
+
+def _summed(case: Case) -> int:
+    """Bytes of the gradients that are summed whole: of all that is no matrix of `linear`, in float32."""
+    name, network = next(iter(case.run.world.networks.items()))
+    small = [
+        leaf.size
+        for path, leaf in flat_params(template(network)).items()
+        if not _is_matrix(leaf) and case.objective.trains(name, path)
+    ]
+    return 4 * sum(small)
+
+
+def _is_matrix(leaf: nnx.Param) -> bool:
+    axes = leaf.get_metadata()["axes"]
+    return len(axes) == 2 and None not in axes
 
 
 def _parts(state: TrainState) -> dict[str, Any]:

@@ -42,7 +42,7 @@ class Intended:
     Attributes:
       mesh: size of each axis. matrices: all of the model. microsteps: of a step.
       tokens: of a sample. text: tokens of its text. width: of the narrowest activation in a block, that of a head.
-      samples: on a device.
+      samples: on a device. summed: bytes of the gradients that are summed whole, of the small parameters.
     """
 
     mesh: dict[str, int]
@@ -52,6 +52,7 @@ class Intended:
     text: int
     width: int
     samples: int
+    summed: int = 0
 
     def bytes(self) -> dict[str, dict[str, float]]:
         """Bytes a device receives in a step for its weights and gradients: kind -> axis -> bytes."""
@@ -82,7 +83,8 @@ class Intended:
                 if sent > SLACK * limit:
                     lines.append(f"{kind} over {axis}: {sent / 1e9:.3g} GB, meant are {limit / 1e9:.3g}")
         summed = sum(c.bytes for c in found if c.kind == "all-reduce" and {FSDP, SEQ} & set(c.axes))
-        if summed > SUMMED * (limit := sum(self.bytes()["reduce-scatter"].values())):
+        limit = sum(self.bytes()["reduce-scatter"].values())
+        if summed > SUMMED * limit + 2 * self.summed * self.microsteps:
             lines.append(f"all-reduce: {summed / 1e9:.3g} GB, while {limit / 1e9:.3g} are to be scattered")
         across = {c.kind for c in found if DATA in c.axes} - {"all-reduce"}
         if across:

@@ -53,6 +53,19 @@ def topology_devices(name: str, slices: int = 1) -> list[jax.Device]:
         ) from None
 
 
+def latents_of(config: TrainConfig) -> tuple[int, int, int]:
+    """Frames, height, width of a sample in latent pixels."""
+    codec, (height, width) = config.world.codec, config.size
+    return codec.latent_frames(config.data.frames), height // codec.stride[1], width // codec.stride[2]
+
+
+def tokens_of(config: TrainConfig) -> int:
+    """Tokens of a sample."""
+    frames, height, width = latents_of(config)
+    _, rows, columns = config.world.network.patch
+    return frames * (height // rows) * (width // columns)
+
+
 @dataclasses.dataclass(frozen=True)
 class Case:
     """One phase of a run on the devices of a topology.
@@ -70,19 +83,6 @@ class Case:
     chip: Chip
 
     @property
-    def latents(self) -> tuple[int, int, int]:
-        """Frames, height, width of a sample in latent pixels."""
-        codec, (height, width) = self.config.world.codec, self.config.size
-        return codec.latent_frames(self.config.data.frames), height // codec.stride[1], width // codec.stride[2]
-
-    @property
-    def tokens(self) -> int:
-        """Of a sample."""
-        frames, height, width = self.latents
-        _, rows, columns = self.config.world.network.patch
-        return frames * (height // rows) * (width // columns)
-
-    @property
     def rows(self) -> int:
         """Parts that the samples of a batch are split into."""
         return self.mesh.size // self.mesh.shape[SEQ]
@@ -94,13 +94,12 @@ class Case:
     @property
     def adapters_only(self) -> bool:
         """Whether nothing but adapters trains."""
-        state = self.state()
-        return all(is_adapter(path) for tree in state.ema.values() for path in tree)
+        return all(is_adapter(path) for tree in self.state().ema.values() for path in tree)
 
     @property
     def forward(self) -> Flops:
         """Of a sample."""
-        return forward_flops(self.config.world.network, *self.latents)
+        return forward_flops(self.config.world.network, *latents_of(self.config))
 
     def state(self) -> TrainState:
         """The abstract state of the run, of all its networks. Raises ConfigError: sizes that do not divide."""
@@ -124,13 +123,13 @@ class Case:
         return make_step(self.objective, self.config, self.mesh, updates, sharding.specs(encoded, placed))
 
 
-def case(run: TrainConfig, where: Where, phase: int = 0) -> Case:
-    """One phase of a run on a topology.
+def chosen(run: TrainConfig, where: Where, phase: int) -> tuple[TrainConfig, TrainConfig]:
+    """The run with its world complete, and as one phase sees it, with a size.
 
     The world's networks, codec and text encoder are the config's own, else those that its `init` and `codec` have.
 
     Raises:
-      ConfigError: a phase that there is not, sizes that fit neither the model nor the mesh, or no size at all.
+      ConfigError: a phase that there is not, sizes that do not fit the model, or no size at all.
     """
     count = len(run.phases())
     if not 0 <= phase < count:
@@ -141,10 +140,17 @@ def case(run: TrainConfig, where: Where, phase: int = 0) -> Case:
         run = resolve(run)
     run.check_crops()
     config = run.phases()[phase]
-    config = dataclasses.replace(config, size=_size(config, where))
+    return run, dataclasses.replace(config, size=_size(config, where))
+
+
+def case(run: TrainConfig, where: Where, phase: int = 0) -> Case:
+    """One phase of a run on a topology. Raises ConfigError: as `chosen`, and sizes that do not fit the mesh."""
+    run, config = chosen(run, where, phase)
     mesh = make_mesh(config.mesh, topology_devices(where.topology, where.slices))
     made = Case(run, phase, config, where, mesh, chip(where.topology))
-    _check_batch(made)
+    batch, parts = config.data.batch, config.optimizer.grad_accum_steps
+    why = f"a microstep of {batch // parts} clips must divide over data x fsdp = {made.rows}"
+    require(batch // parts % made.rows == 0, field(run, phase, "data.batch"), batch, why)
     return made
 
 
@@ -161,26 +167,19 @@ def _size(config: TrainConfig, where: Where) -> tuple[int, int]:
     return tuple(found)
 
 
-def _check_batch(made: Case) -> None:
-    batch, parts = made.config.data.batch, made.config.optimizer.grad_accum_steps
-    why = f"a microstep of {batch // parts} clips must divide over data x fsdp = {made.rows}"
-    fits = batch % parts == 0 and batch // parts % made.rows == 0
-    require(fits, field(made.run, made.phase, "data.batch"), batch, why)
-
-
-# Fields of a run that a phase may have of its own: path -> name in the phase.
+# Fields that a phase may have of its own: path in the run -> name in the phase.
 OF_PHASE = {
     "data.batch": "batch",
-    "data.frames": "frames",
     "optimizer.grad_accum_steps": "grad_accum_steps",
-    "mesh": "mesh",
+    "mesh.data": "mesh.data",
+    "mesh.fsdp": "mesh.fsdp",
+    "mesh.seq": "mesh.seq",
 }
 
 
 def field(run: TrainConfig, phase: int, path: str) -> str:
-    """The name of a field where the phase has its value from: of the phase itself, or of the run."""
-    top, _, rest = path.partition(".") if path.startswith("mesh") else (path, "", "")
-    name = OF_PHASE.get(top)
-    if run.curriculum and name and getattr(run.curriculum[phase], name) is not None:
-        return f"config.curriculum[{phase}].{name}" + (f".{rest}" if rest else "")
+    """The name, as flags have it, of the field that a phase takes a value from: its own, or the run's."""
+    name = OF_PHASE.get(path)
+    if run.curriculum and name and getattr(run.curriculum[phase], name.partition(".")[0]) is not None:
+        return f"config.curriculum[{phase}].{name}"
     return f"config.{path}"
