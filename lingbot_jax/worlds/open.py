@@ -85,8 +85,8 @@ def _bundle_config(folder: epath.Path, field: str) -> WorldConfig:
     version = values.pop("format", None)  # first: other fields of another version would only confuse
     if version != FORMAT:
         raise ConfigError(
-            f"{field} = {str(folder)!r}: bundle format {version!r}, this version reads {FORMAT}; convert the checkpoint "
-            "again: python -m experiments.convert --source=CHECKPOINT --out=BUNDLE"
+            f"{field} = {str(folder)!r}: bundle format {version!r}, this version reads {FORMAT}; convert the "
+            "checkpoint again: python -m experiments.convert --source=CHECKPOINT --out=BUNDLE"
         )
     return build(WorldConfig, values, f"{folder / BUNDLE}")
 
