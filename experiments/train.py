@@ -16,7 +16,7 @@ from lingbot_jax.parallel import multihost
 from lingbot_jax.training.config import TrainConfig
 from lingbot_jax.training.loop import train
 from lingbot_jax.training.report import NonFiniteLoss
-from lingbot_jax.worlds.storage import SaveFailed
+from lingbot_jax.worlds.checkpoints import SaveFailed
 
 CONFIG = common.define_config()
 DISTRIBUTED = flags.DEFINE_bool("distributed", False, "this is one process of several")

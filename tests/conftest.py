@@ -9,3 +9,5 @@ from jaxtyping import install_import_hook
 CHECKED = ("models", "control", "diffusion", "parallel", "rollout")
 
 install_import_hook([f"lingbot_jax.{name}" for name in CHECKED], "beartype.beartype")
+
+from tests.object_store import broken_bucket, bucket  # noqa: E402, F401

@@ -306,11 +306,11 @@ def flash_local(generation: tiles.Generation) -> Local:
     """The kernels for this generation of TPUs."""
 
     def choose(q, k):
-        return tiles.choose(generation, q.shape[1], k.shape[1], q.shape[3])
+        return tiles.choose(generation, q.shape[1], k.shape[1])
 
     def forward(q, k, v, mask: Mask):
-        # The lagged form is right for any input; a log-sum-exp that is merged has no bound known beforehand.
-        return flash_forward(q, k, v, mask, choose(q, k).lagged, form="lagged")
+        # The stale_max form needs no bound on the scores; a log-sum-exp that is merged has no bound known beforehand.
+        return flash_forward(q, k, v, mask, choose(q, k).stale_max, form="stale_max")
 
     def backward(q, k, v, out, lse, d_out, mask: Mask):
         return backward_segments(q, k, v, out, lse, d_out, mask, choose(q, k).backward, None, False)

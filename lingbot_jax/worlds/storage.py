@@ -11,35 +11,40 @@ digest shows, or one of the sealed files. The digest does not depend on the shar
 Orbax and TensorStore raise many types of exceptions; they are turned into the two of this module here and nowhere else.
 """
 
-import concurrent.futures
+import collections
 import contextlib
-import hashlib
 import json
+import math
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore
 from etils import epath
-from jaxtyping import Array, Shaped, UInt32
 
 from lingbot_jax.config import ConfigError
 from lingbot_jax.parallel import multihost
+from lingbot_jax.worlds import checksums
+from lingbot_jax.worlds.checksums import ARRAYS, DIGESTS
 
-ARRAYS, DIGESTS, SEAL = "arrays", "digests", "seal.json"
 CHUNK_BYTES = 64 << 20  # of a stored array: large enough to stream, small enough to restore in parallel
+READ_BYTES = 4 << 30  # of arrays that are read at once
+JSON_BYTES = 64 << 20  # of a JSON file; ours and the published ones are below 1 MB
 SHOWN = 5  # differences that an error names
 
 Specs = Mapping[str, jax.ShapeDtypeStruct]
 
 
 class Damaged(ConfigError):
-    """A folder of arrays is missing, cut off, or was changed after it was written. The message is one line."""
+    """A folder of arrays is missing, cut off, or was changed after it was written; `why`, without the folder."""
+
+    @property
+    def why(self) -> str:
+        return str(self).partition(": cannot be read ")[2].strip("()")
 
 
 def located(path: str | os.PathLike) -> epath.Path:
@@ -52,6 +57,26 @@ def named(tree: Any) -> dict[str, Any]:
     """The leaves of a tree by dotted path: `params.world.blocks.ffn.up.kernel`."""
     flat = jax.tree_util.tree_flatten_with_path(tree)[0]
     return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in flat}
+
+
+def read_json(path: str | os.PathLike, field: str) -> dict[str, Any]:
+    """A JSON object from a file. `field`: the flag that the path comes from, for errors. Raises ConfigError."""
+    path, where = epath.Path(path), f"{field} = {os.fspath(path)!r}"
+    with errors_as(lambda why: ConfigError(f"{where}: cannot be read ({why})")):
+        if not path.is_file():  # nor a pipe, which would be waited for
+            raise ConfigError(f"{where}: no such file")
+        if path.stat().length > JSON_BYTES:
+            raise ConfigError(f"{where}: is larger than {JSON_BYTES >> 20} MiB")
+        content = path.read_bytes()
+    try:
+        values = json.loads(content)
+    except RecursionError:
+        raise ConfigError(f"{where}: is nested too deeply") from None
+    except ValueError as error:
+        raise ConfigError(f"{where}: is not JSON ({error})") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"{where}: is not a JSON object")
+    return values
 
 
 # --- Writing.
@@ -74,7 +99,7 @@ def item_handlers() -> dict[str, ocp.CheckpointHandler]:
 
 def items(arrays: Mapping[str, Any]) -> ocp.args.Composite:
     """Everything that Orbax is to save of named arrays. The digests are computed, and waited for, here."""
-    digests = {name: int(digest) for name, digest in _digests(dict(arrays)).items()}
+    digests = {name: int(digest) for name, digest in checksums.digests_of(dict(arrays)).items()}
     return ocp.args.Composite(**{ARRAYS: save_args(arrays), DIGESTS: ocp.args.JsonSave(digests)})
 
 
@@ -90,47 +115,38 @@ def write(folder: str | os.PathLike, arrays: Mapping[str, Any]) -> None:
         with ocp.Checkpointer(handler) as checkpointer:
             checkpointer.save(folder, args=items(arrays))
         if jax.process_index() == 0:
-            seal(folder)
+            checksums.seal(folder)
 
 
 class Writer:
     """Writes named arrays layer by layer; `close` completes the folder. For one process.
 
-    Orbax makes the checkpoint around arrays of zeros that take no memory and next to no disk, and the values are
-    then written into its arrays.
+    Orbax makes the checkpoint around arrays of one element, which are then replaced by empty ones of the true shape.
     """
 
     def __init__(self, folder: str | os.PathLike, specs: Specs):
         """`specs` are shape and dtype by name; `folder` must not exist. Raises ConfigError."""
         self._folder, self._specs = located(folder), specs
         self._digests = dict.fromkeys(specs, 0)
-        zeros = {name: np.broadcast_to(np.zeros((), s.dtype), s.shape) for name, s in specs.items()}
+        single = {name: np.zeros((1,) * len(s.shape), s.dtype) for name, s in specs.items()}
         with _writing(self._folder):
             with ocp.Checkpointer(ocp.CompositeCheckpointHandler(**item_handlers())) as checkpointer:
-                checkpointer.save(self._folder, args=ocp.args.Composite(**{ARRAYS: save_args(zeros)}))
-            self._stores = {name: _store(self._folder, name) for name in specs}
+                checkpointer.save(self._folder, args=ocp.args.Composite(**{ARRAYS: save_args(single)}))
+            self._stores = {name: _open(self._folder, name, spec).result() for name, spec in specs.items()}
 
     def write(self, name: str, layer: int | None, value: np.ndarray) -> None:
         """Writes one layer, once (None: the whole of an array that is not stacked). Raises ConfigError."""
         store = self._stores[name]
         with _writing(self._folder):
             (store if layer is None else store[layer]).write(value).result()
-        self._digests[name] = (self._digests[name] + _layer_digest(value, layer)) % 2**32
+        self._digests[name] = (self._digests[name] + checksums.layer_digest(value, layer)) % 2**32
 
     def close(self) -> None:
         """Adds digests and seal; a folder without them is refused. Raises ConfigError."""
         with _writing(self._folder):
             (self._folder / DIGESTS).mkdir()
             (self._folder / DIGESTS / "metadata").write_text(json.dumps(self._digests))
-            seal(self._folder)
-
-
-def seal(folder: epath.Path) -> None:
-    """Notes the hash of every file that holds no values; the last thing that is written."""
-    text = json.dumps(_hashes(folder), indent=0)
-    partial = folder / f"{SEAL}.partial"
-    partial.write_text(text)
-    partial.replace(folder / SEAL)
+            checksums.seal(self._folder)
 
 
 # --- Reading.
@@ -143,9 +159,9 @@ class Reader:
         """Raises Damaged: no whole folder of arrays there."""
         self._folder = located(folder)
         with _reading(self._folder):
-            check_seal(self._folder)
+            checksums.check_seal(self._folder)
             self.specs, self._expected = _describe(self._folder)
-            self._stores = {name: _store(self._folder, name) for name in self.specs}
+            self._stores = {name: _open(self._folder, name).result() for name in self.specs}
         self._found = dict.fromkeys(self.specs, 0)
         self._left = {name: set(range(s.shape[0])) if s.shape else set() for name, s in self.specs.items()}
 
@@ -159,16 +175,16 @@ class Reader:
         with _reading(self._folder):
             value = np.asarray((store if layer is None else store[layer]).read().result())
             if layer is None:
-                _compare({name: self._expected[name]}, {name: _layer_digest(value, None)})
+                checksums.compare({name: self._expected[name]}, {name: checksums.layer_digest(value, None)})
             elif layer in self._left[name]:
                 self._left[name].remove(layer)
-                self._found[name] = (self._found[name] + _layer_digest(value, layer)) % 2**32
+                self._found[name] = (self._found[name] + checksums.layer_digest(value, layer)) % 2**32
                 if not self._left[name]:
-                    _compare({name: self._expected[name]}, self._found)
+                    checksums.compare({name: self._expected[name]}, self._found)
         return value
 
 
-def read(folder: str | os.PathLike, wanted: Any, partial: bool = False) -> Any:
+def read(folder: str | os.PathLike, wanted: Any, fields_only: bool = False, partial: bool = False) -> Any:
     """Arrays of a folder in the structure of `wanted`, each read straight into its place.
 
     Several processes call this together and read their own parts; all end alike. The arrays are converted to the
@@ -177,7 +193,9 @@ def read(folder: str | os.PathLike, wanted: Any, partial: bool = False) -> Any:
     Args:
       wanted: a tree of ShapeDtypeStruct, by whose paths (`named`) the arrays are found. Without a sharding an array
         comes to the first device of this process. All shardings are of the same devices.
-      partial: only these arrays, of a folder that may hold others; else those are refused.
+      fields_only: the top level of `wanted` names fields, and arrays of other fields are let be; else they are
+        surplus and refused.
+      partial: whatever is not wanted is let be.
 
     Raises:
       Damaged: the folder cannot be read, or values do not match their digest.
@@ -187,18 +205,20 @@ def read(folder: str | os.PathLike, wanted: Any, partial: bool = False) -> Any:
     names = named(wanted)
     with multihost.agree_on_errors(Damaged, ConfigError):
         with _reading(folder):
-            check_seal(folder)
+            checksums.check_seal(folder)
             stored, expected = _describe(folder)
-        check_fit(f"{folder}", stored, names, partial)
-        template = {
-            n: jax.ShapeDtypeStruct(s.shape, stored[n].dtype, sharding=s.sharding) for n, s in names.items()
-        }
-        arguments = ocp.checkpoint_utils.construct_restore_args(template)
-        restore = ocp.args.PyTreeRestore(template, restore_args=arguments, partial_restore=True)
-        with _reading(folder):  # the handler alone: Orbax's Checkpointer would wait for a process that failed
-            values = _handler().restore(folder / ARRAYS, args=restore)
+        if fields_only:
+            fields = {name.partition(".")[0] for name in names}
+            stored = {name: s for name, s in stored.items() if name.partition(".")[0] in fields}
+        if partial:
+            stored = {name: s for name, s in stored.items() if name in names}
+        check_fit(f"{folder}", stored, names)
+        with _reading(folder):
+            values = _restore(folder, stored, names)
     with _reading(folder):
-        _compare(expected, {name: int(digest) for name, digest in _digests(values).items()})
+        checksums.compare(
+            expected, {name: int(digest) for name, digest in checksums.digests_of(values).items()}
+        )
     for name, spec in names.items():
         if values[name].dtype != spec.dtype:
             stored_as, values[name] = values[name], None
@@ -209,10 +229,41 @@ def read(folder: str | os.PathLike, wanted: Any, partial: bool = False) -> Any:
     return jax.tree.unflatten(jax.tree.structure(wanted), list(values[name] for name in names))
 
 
-def check_fit(where: str, stored: Specs, wanted: Specs, partial: bool = False) -> None:
+def _restore(folder: epath.Path, stored: Specs, wanted: Specs) -> dict[str, jax.Array]:
+    """Arrays as they are stored, where they are wanted. A part that several devices share is read once."""
+    stores = {name: _open(folder, name) for name in wanted}
+    values, started, held = {}, collections.deque(), 0
+
+    def finish():
+        name, parts, size = started.popleft()
+        read = {place: part.result() for place, part in parts.items()}
+        values[name] = jax.make_array_from_callback(
+            stored[name].shape, wanted[name].sharding, lambda i: read[_place(i)], dtype=stored[name].dtype
+        )
+        return size
+
+    for name, spec in wanted.items():
+        store = stores[name].result()
+        indices = spec.sharding.addressable_devices_indices_map(tuple(stored[name].shape)).values()
+        parts = {_place(index): store[index] for index in indices}
+        size = sum(part.size for part in parts.values()) * store.dtype.numpy_dtype.itemsize
+        started.append((name, {place: part.read() for place, part in parts.items()}, size))
+        held += size
+        while held > READ_BYTES and len(started) > 1:
+            held -= finish()
+    while started:
+        finish()
+    return values
+
+
+def _place(index: tuple[slice, ...]) -> tuple[tuple[int | None, int | None], ...]:
+    return tuple((part.start, part.stop) for part in index)
+
+
+def check_fit(where: str, stored: Specs, wanted: Specs) -> None:
     """Raises ConfigError unless the stored arrays are those wanted: one line, the first five and a count."""
     wrong = [f"missing {name}" for name in wanted if name not in stored]
-    wrong += [f"surplus {name}" for name in stored if name not in wanted and not partial]
+    wrong += [f"surplus {name}" for name in stored if name not in wanted]
     wrong += [
         f"misshapen {name} {list(stored[name].shape)}, needs {list(spec.shape)}"
         for name, spec in wanted.items()
@@ -221,20 +272,6 @@ def check_fit(where: str, stored: Specs, wanted: Specs, partial: bool = False) -
     if wrong:
         more = f" and {len(wrong) - SHOWN} more" if len(wrong) > SHOWN else ""
         raise ConfigError(f"{where}: {len(wrong)} arrays do not fit: {'; '.join(wrong[:SHOWN])}{more}")
-
-
-def check_seal(folder: epath.Path) -> None:
-    """Raises ValueError where a sealed file is gone, new or changed.
-
-    A folder without a seal passes: the writer was killed after the last value and before the seal, and the digests
-    still tell whether the values are whole.
-    """
-    if not (folder / SEAL).exists():
-        return
-    expected, found = json.loads((folder / SEAL).read_text()), _hashes(folder)
-    changed = sorted(n for n in expected.keys() | found.keys() if expected.get(n) != found.get(n))
-    if changed:
-        raise ValueError(f"{changed[0]} was changed after writing")
 
 
 def _placed(wanted: Any) -> Any:
@@ -255,68 +292,6 @@ def _describe(folder: epath.Path) -> tuple[dict[str, jax.ShapeDtypeStruct], dict
     return specs, digests
 
 
-def _hashes(folder: epath.Path) -> dict[str, str]:
-    """SHA-256 of every file but the seal and those with values, by path in the folder."""
-    inner = [folder / ARRAYS, folder / ARRAYS / "array_metadatas", folder / DIGESTS]
-    found = [path for place in [folder, *inner] if place.is_dir() for path in place.iterdir()]
-    # Folders are arrays, and what is in them chunks, apart from their own description.
-    files = [f if f.is_file() else f / ".zarray" for f in found if f not in inner and SEAL not in f.name]
-    with concurrent.futures.ThreadPoolExecutor(16) as pool:  # on gs:// each takes a round trip
-        digests = pool.map(lambda f: hashlib.sha256(f.read_bytes()).hexdigest(), files)
-        return {os.fspath(f.relative_to(folder)): digest for f, digest in zip(files, digests, strict=True)}
-
-
-def _compare(expected: Mapping[str, int], found: Mapping[str, int]) -> None:
-    wrong = [name for name in found if name in expected and found[name] != expected[name]]
-    if wrong:
-        raise ValueError(
-            f"the values of {wrong[0]} do not match their digest: the files were changed after writing"
-        )
-
-
-# --- Digests.
-
-
-@jax.jit
-def _digests(arrays: dict[str, Any]) -> dict[str, jax.Array]:
-    return {name: digest(array) for name, array in arrays.items()}
-
-
-def digest(values: Shaped[Array, "..."], offset: int | UInt32[Array, ""] = 0) -> UInt32[Array, ""]:
-    """The sum modulo 2^32 over all elements of a hash of (place, bits): any element that differs changes it.
-
-    For one place the hash is a bijection of the bits, so a change of one element is always seen, and of several in
-    all but one case of 2^32. Sums commute: the sharding does not matter, and layers can be added up.
-
-    Args:
-      values: of 1, 2 or 4 bytes per element.
-      offset: place of the first element: `layer x size` of a layer.
-    """
-    if values.dtype == jnp.bool_:
-        values = values.astype(jnp.uint8)
-    kinds = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}
-    words = jax.lax.bitcast_convert_type(values, kinds[values.dtype.itemsize]).astype(jnp.uint32)
-    place, stride = jnp.uint32(offset), 1
-    for axis in reversed(range(words.ndim)):
-        place += jax.lax.broadcasted_iota(jnp.uint32, words.shape, axis) * jnp.uint32(stride % 2**32)
-        stride *= words.shape[axis]
-    return _mix(words ^ _mix(place + jnp.uint32(0x9E3779B9))).sum(dtype=jnp.uint32)
-
-
-def _mix(x: UInt32[Array, "..."]) -> UInt32[Array, "..."]:
-    """The finaliser of MurmurHash3: a bijection of 32 bits in which every bit depends on every other."""
-    x = (x ^ (x >> 16)) * jnp.uint32(0x85EBCA6B)
-    x = (x ^ (x >> 13)) * jnp.uint32(0xC2B2AE35)
-    return x ^ (x >> 16)
-
-
-_digest = jax.jit(digest)
-
-
-def _layer_digest(value: np.ndarray, layer: int | None) -> int:
-    return int(_digest(value, np.uint32((layer or 0) * value.size % 2**32)))
-
-
 # --- Orbax and TensorStore.
 
 
@@ -329,35 +304,49 @@ def _handler() -> ocp.PyTreeCheckpointHandler:
     return ocp.PyTreeCheckpointHandler(use_ocdbt=False, use_compression=False, type_handler_registry=handlers)
 
 
-def _store(folder: epath.Path, name: str) -> tensorstore.TensorStore:
+def _open(folder: epath.Path, name: str, new: jax.ShapeDtypeStruct | None = None) -> tensorstore.Future:
+    """An array of a folder; with `new`, an empty one of that shape takes its place."""
     path = os.fspath(folder / ARRAYS / name)
     place = f"{path}/" if "://" in path else {"driver": "file", "path": path}
-    return tensorstore.open({"driver": "zarr", "kvstore": place}, open=True).result()
+    # Zeros are values too: what is missing is damage.
+    spec = {"driver": "zarr", "kvstore": place, "fill_missing_data_reads": False}
+    spec |= {"store_data_equal_to_fill_value": True}
+    if new is None:
+        return tensorstore.open(spec, open=True)
+    spec |= {"dtype": np.dtype(new.dtype).name}
+    spec |= {"metadata": {"shape": list(new.shape), "chunks": _chunks(new), "compressor": None}}
+    return tensorstore.open(spec, create=True, delete_existing=True)
+
+
+def _chunks(spec: jax.ShapeDtypeStruct) -> list[int]:
+    """A chunk of at most CHUNK_BYTES: leading axes are divided first, so none holds two layers of a large array."""
+    chunk = list(spec.shape)
+    for axis, size in enumerate(spec.shape):
+        while math.prod(chunk) * np.dtype(spec.dtype).itemsize > CHUNK_BYTES and chunk[axis] > 1:
+            chunk[axis] = next(n for n in range(chunk[axis] - 1, 0, -1) if size % n == 0)
+    return chunk
 
 
 @contextlib.contextmanager
-def _reading(folder: epath.Path) -> Iterator[None]:
+def errors_as(kind: Callable[[str], Exception]) -> Iterator[None]:
+    """Turns what Orbax, TensorStore and file systems raise, many types, into `kind(reason)`.
+
+    ConfigError passes, and so does what tells of another process and not of files.
+    """
     try:
         yield
-    except Exception as error:  # Orbax and TensorStore raise many types for damaged files
-        if lost(error):
-            raise
-        raise Damaged(f"{folder}: cannot be read ({reason(error)})") from error
+    except (ConfigError, jax.errors.JaxRuntimeError):
+        raise
+    except Exception as error:
+        raise kind(reason(error)) from error
 
 
-@contextlib.contextmanager
-def _writing(folder: epath.Path) -> Iterator[None]:
-    try:
-        yield
-    except Exception as error:  # and for what a disk refuses
-        if lost(error):
-            raise
-        raise ConfigError(f"{folder}: cannot be written ({reason(error)})") from error
+def _reading(folder: epath.Path) -> contextlib.AbstractContextManager[None]:
+    return errors_as(lambda why: Damaged(f"{folder}: cannot be read ({why})"))
 
 
-def lost(error: BaseException) -> bool:
-    """Whether an error tells of another process, and not of files."""
-    return isinstance(error, jax.errors.JaxRuntimeError)
+def _writing(folder: epath.Path) -> contextlib.AbstractContextManager[None]:
+    return errors_as(lambda why: ConfigError(f"{folder}: cannot be written ({why})"))
 
 
 def reason(error: BaseException) -> str:

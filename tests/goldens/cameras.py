@@ -22,15 +22,6 @@ def _base(case):
     return case.config["height_org"], case.config["width_org"]
 
 
-def clip_embedding(
-    c2w: np.ndarray, intrinsics: np.ndarray, size: tuple[int, int], stride: int, temporal_stride: int = 4
-) -> np.ndarray:
-    """Camera embedding `t h w c` of a recorded clip as the published pipeline makes it, on the host."""
-    latent = poses.resample(c2w, (len(c2w) - 1) // temporal_stride + 1)
-    deltas = poses.relative(latent, "previous", "max_norm")
-    return plucker.control(deltas, intrinsics[:1], None, "cam", *size, stride)
-
-
 def cam_synth(case):
     for p in (q for q in case.prefixes() if q.startswith("traj")):
         c2w, intrinsics = poses.validate(case[f"{p}/c2ws"]), case[f"{p}/Ks"]
@@ -53,7 +44,7 @@ def cam_synth(case):
         deltas = poses.relative(latent, "previous", "max_norm")
         yield f"{p}/pipeline_rel", deltas, case[f"{p}/pipeline_rel"], SYNTH
         yield f"{p}/plucker", plucker.rays(deltas, intrinsics[:1], *size), case[f"{p}/plucker"], SYNTH
-        packed = clip_embedding(c2w, intrinsics, size, STRIDE)
+        packed = plucker.control(deltas, intrinsics[:1], None, "cam", *size, STRIDE)
         yield f"{p}/packed", packed, _packed(case[f"{p}/packed"]), SYNTH
         yield f"{p}/pipeline_dims", [len(c2w), *packed.shape[:3]], dims[: LATENT_W + 1], EXACT
         # The mask marks the given pixel frames, here the first alone, in all channels of its latent frame.

@@ -22,7 +22,7 @@ from lingbot_jax.models.text import (
     load_tokenizer,
     position_buckets,
 )
-from tests.convert.checkpoints import tokenizer
+from tests.convert.published import tokenizer
 
 TINY = UMT5Config(
     vocab=8,

@@ -1,4 +1,4 @@
-"""Whether a generated world obeys the keys, seen in its pixels alone."""
+"""Action following: whether a generated world moves as the keys say, seen in its pixels alone."""
 
 import cv2
 import numpy as np
