@@ -214,7 +214,7 @@ class SequenceAttention:
             Ulysses works on, so a cache is never moved.
 
         Raises:
-          ConfigError: batch, tokens a frame or heads that do not divide, a mask with boundaries inside a frame,
+          ConfigError: batch, tokens per frame or heads that do not divide, a mask with boundaries inside a frame,
             or a context where there is a ring.
         """
         b, t, p, h, _ = q.shape
@@ -228,8 +228,6 @@ class SequenceAttention:
             f"must be all {self.mesh.shape[SEQ]} devices of the seq axis where attention reads a cache",
         )
         mask = local_mask(Mask.full(t * p, t * p) if mask is None else mask, p, self.rings)
-        if self.mesh.size == 1:
-            return self._per_device(mask, q, k, v, context)
         tokens = cached = PartitionSpec(BATCH_AXES, None, SEQ)  # third: a frame's tokens; a cache's heads
         cache = None if context is None else Context(cached, cached, PartitionSpec())
         return jax.shard_map(

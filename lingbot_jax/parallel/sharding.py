@@ -219,7 +219,7 @@ def constrain_tokens(tokens: jax.Array) -> jax.Array:
         return tokens
     mesh = jax.sharding.get_abstract_mesh()
     check_divides("batch", tokens.shape[0], BATCH_AXES, mesh)
-    check_divides("tokens a latent frame", tokens.shape[2], (SEQ,), mesh)
+    check_divides("tokens per latent frame", tokens.shape[2], (SEQ,), mesh)
     rest = (None,) * (tokens.ndim - 3)
     return jax.lax.with_sharding_constraint(tokens, PartitionSpec(BATCH_AXES, None, SEQ, *rest))
 

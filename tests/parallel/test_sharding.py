@@ -10,7 +10,9 @@ from jax.sharding import AbstractMesh, PartitionSpec
 from lingbot_jax import axes as ax
 from lingbot_jax.config import ConfigError
 from lingbot_jax.models import params
+from lingbot_jax.models.layers import Linear, PatchEmbedding
 from lingbot_jax.parallel import sharding
+from lingbot_jax.parallel.mesh import MeshConfig, make_mesh
 
 MESH = AbstractMesh((2, 4, 2), ("data", "fsdp", "seq"))
 SPLIT = ("fsdp", "seq")
@@ -70,6 +72,24 @@ def test_refusals_name_the_numbers():
         placed(lambda key: Block(key, width=12))
     with pytest.raises(ConfigError, match=r"mesh axis 'fsdp' is not one of \('rows',\)"):
         placed(Block, AbstractMesh((8,), ("rows",)))
+
+
+def test_one_device_has_nothing_to_move():
+    """Under a mesh of one device the program is the one without a mesh, to the operation."""
+    linear = Linear(jax.random.key(0), (8, 8), (ax.EMBED, ax.MLP))
+    patch = PatchEmbedding(jax.random.key(1), 8, 8, (1, 1, 1))
+    x = jnp.ones((2, 3, 2, 2, 8))
+
+    def loss(layers, x):
+        return jnp.square(layers[0](sharding.constrain_tokens(layers[1](x)))).sum()
+
+    def program():
+        lowered = jax.jit(jax.grad(loss)).lower((linear, patch), x)
+        return lowered.compile().cost_analysis(), lowered.as_text().count("stablehlo.")
+
+    alone = program()
+    with jax.set_mesh(make_mesh(MeshConfig())):
+        assert program() == alone
 
 
 def test_without_a_mesh_nothing_happens():

@@ -13,7 +13,7 @@ from lingbot_jax.models.dit import Condition, WorldDiT
 from lingbot_jax.parallel.mesh import MeshConfig, make_mesh
 from lingbot_jax.parallel.sequence import attention_kernel
 from lingbot_jax.rollout.cache import CacheLayout, KVCache
-from tests.rollout.worlds import PLAIN, world
+from tests.rollout.worlds import PLAIN, network
 
 CONFIG = dataclasses.replace(PLAIN, heads=4, dim=48, layers=2)
 PLACE = PartitionSpec(None, ("data", "fsdp"), None, None, "seq")  # layers b slots p h k
@@ -35,7 +35,7 @@ def chunk(model: WorldDiT, cache: KVCache, latents: jax.Array, text: jax.Array, 
 
 
 def play(mesh, steps=3):
-    model = world(CONFIG)
+    model = network(CONFIG)
     attend = Attend(kernel=attention_kernel(mesh, CONFIG.heads))
     text = jax.random.normal(jax.random.key(1), (BATCH, CONFIG.text_len, CONFIG.text_dim))
     noise = jax.random.normal(jax.random.key(2), (steps, BATCH, CHUNK, *SIZE, CONFIG.latent_channels))

@@ -68,7 +68,7 @@ def test_gather_in_the_loss_scatter_in_the_gradient():
 def test_uneven_tokens_are_refused():
     mesh = make_mesh(MeshConfig(1, 2, 4))
     with jax.set_mesh(mesh):
-        with pytest.raises(ConfigError, match="tokens a latent frame: 6 does not divide over seq = 4"):
+        with pytest.raises(ConfigError, match="tokens per latent frame: 6 does not divide over seq = 4"):
             jax.eval_shape(Block(jax.random.key(0)), jnp.zeros((2, 3, 6, 16)))
         with pytest.raises(ConfigError, match="batch: 3 does not divide over data x fsdp = 2"):
             jax.eval_shape(Block(jax.random.key(0)), jnp.zeros((3, 3, 8, 16)))
