@@ -1,4 +1,4 @@
-"""A second file system behind etils.epath: gs:// in this process's memory, which cannot rename, as object stores cannot."""
+"""Object stores for tests: gs:// in this process's memory, which cannot rename (nor can real ones), and an emulator."""
 
 import importlib
 
