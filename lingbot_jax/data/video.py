@@ -9,7 +9,7 @@ import cv2
 import numpy as np
 from jaxtyping import UInt8
 
-from lingbot_jax.files import whole_file
+from lingbot_jax.files import whole_file, write_whole
 
 Frames = UInt8[np.ndarray, "f h w 3"]
 
@@ -61,6 +61,6 @@ def contact_sheet(
 
 
 def write_image(path: str | pathlib.Path, image: UInt8[np.ndarray, "h w 3"]) -> None:
-    """Writes an RGB image in the format of the file name. Raises OSError if it cannot."""
-    if not cv2.imwrite(str(path), cv2.cvtColor(image, cv2.COLOR_RGB2BGR)):
-        raise OSError(f"{path}: cannot be written")
+    """Writes an RGB image in the format of the file name, whole or not at all. Raises OSError if it cannot."""
+    _, encoded = cv2.imencode(pathlib.PurePath(path).suffix, cv2.cvtColor(image, cv2.COLOR_RGB2BGR))
+    write_whole(path, encoded.tobytes())

@@ -11,6 +11,7 @@ from lingbot_jax.data.crops import crops
 from lingbot_jax.data.loader import BatchStream, Dataset
 from lingbot_jax.data.records import DataError, shard_name, write_shard
 from lingbot_jax.data.schema import encode
+from lingbot_jax.files import write_whole
 from tests.data.clips import make_clip, make_data
 
 CLIPS, FRAMES = 12, 9  # clip n is filled with 16 n + frame
@@ -179,3 +180,18 @@ def test_bad_settings_and_folders(folder, tmp_path, broken_bucket):
         Dataset(config(folder, batch=16))
     with pytest.raises(ConfigError, match="^config.data.path = 'gs://broken/data': no such bucket: broken$"):
         Dataset(config(f"{broken_bucket}/data"))
+
+
+def test_data_in_an_object_store(folder, emulated_bucket, damaged):
+    """The same batches as from the disk, read by ArrayRecord's own client; damage and a wrong bucket are lines."""
+    for source in (folder, damaged):
+        for path in source.glob("*.array_record"):
+            write_whole(f"{emulated_bucket}/{source.name}/{path.name}", path.read_bytes())
+        assert_equal(take(f"{emulated_bucket}/{source.name}", 4), take(source, 4))
+    write_whole(f"{emulated_bucket}/{folder.name}/train-00001-of-00002.array_record", b"hello")
+    assert Dataset(config(f"{emulated_bucket}/{folder.name}"))._records.readable == CLIPS // 2
+    with pytest.raises(DataError, match=r"^config.data.path = 'gs://bucket/nothing': no shard train-"):
+        Dataset(config(f"{emulated_bucket}/nothing"))
+    with pytest.raises(ConfigError, match=r"^config.data.path = 'gs://nowhere/data': ") as caught:
+        Dataset(config("gs://nowhere/data"))
+    assert "\n" not in str(caught.value)
