@@ -18,7 +18,7 @@ import jax
 from etils import epath
 
 from lingbot_jax.config import ConfigError, build
-from lingbot_jax.files import whole_folder, write_whole
+from lingbot_jax.files import copy_files, whole_folder, write_whole
 from lingbot_jax.parallel import multihost
 from lingbot_jax.training.config import TrainConfig
 from lingbot_jax.training.owner import Owner
@@ -106,10 +106,7 @@ def _own_codec(path: epath.Path, codec: str) -> str:
         if theirs.run or theirs.config.networks or theirs.config.text is not None:
             return codec
         with whole_folder(own, field="run") as folder:
-            for file in (f for f in theirs.path.rglob("*") if f.is_file()):
-                made = folder / file.relative_to(theirs.path)
-                made.parent.mkdir(parents=True, exist_ok=True)
-                file.copy(made)
+            copy_files(theirs.path, folder)
     return CODEC
 
 
