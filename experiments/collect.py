@@ -8,15 +8,14 @@ Run it again to go on where it stopped. Needs the extra `data`.
 from experiments import common
 from lingbot_jax.engine.collect.config import CollectConfig
 
-CONFIG = common.define_config()
+CONFIG = common.define_config(CollectConfig)
 
 
 def main() -> None:
     config = common.load(CONFIG, CollectConfig)
-    try:
-        from lingbot_jax.engine.collect.collector import collect
-    except ModuleNotFoundError as error:
-        raise common.UserError(f"{error.name} is not installed: pip install -e '.[data]'") from None
+    common.need("data", "vizdoom", "cv2", "array_record", "psutil")
+    from lingbot_jax.engine.collect.collector import collect
+
     print(collect(config))
 
 

@@ -1,139 +1,75 @@
-"""Generates held-out clips and measures them: against the truth, with another clip's keys, and by obedience.
+"""Generates held-out clips and measures them: against the truth, with another clip's keys, by action following.
 
 python -m experiments.evaluate --config=experiments/configs/tiny.py:evaluate
+python -m experiments.evaluate --config=experiments/configs/tiny.py:evaluate --config.run=BUNDLE \
+    --config.data.path=DATA --config.data.frames=81 --config.out=OUT
 
-Writes a folder: evaluation.json, sheet.png, and generated.mp4 (truth, generated, and the same world under
-other keys, side by side).
+A run is measured on the data, at the size and the length that it was trained with. Writes a folder: evaluation.json,
+sheet.png, and generated.mp4 (truth, generated, and the same world under other keys, side by side).
 """
 
-import dataclasses
 import json
 import pathlib
-import time
 
-import numpy as np
 from rich.progress import track
 
 from experiments import common
 from experiments.configs.schema import EvaluateConfig
-from experiments.worlds import open_world
 from lingbot_jax.config import ConfigError
-from lingbot_jax.data.loader import evaluation_batches
+from lingbot_jax.data.config import DataConfig
 from lingbot_jax.data.video import contact_sheet, write_image, write_mp4
-from lingbot_jax.evaluation.control import yaw_signs
-from lingbot_jax.evaluation.video import clip_psnr, frame_psnr
-from lingbot_jax.models.codec import to_float, to_uint8
-from lingbot_jax.rollout.bidirectional import sample_clips
-from lingbot_jax.training.checkpoints import load_config
-from lingbot_jax.training.encode import ClipEncoder
+from lingbot_jax.evaluation.suite import Measured, evaluate_world, held_out_clips, run_config, side_by_side
+from lingbot_jax.rollout.generate import chosen_sample
+from lingbot_jax.rollout.sample import sample_config
+from lingbot_jax.worlds.open import Source, find, open_world
 
-CONFIG = common.define_config()
+CONFIG = common.define_config(EvaluateConfig)
 
 
-def moving_clips(config: EvaluateConfig, loader) -> dict[str, np.ndarray]:
-    """The first held-out clips in which a key is pressed: a camera at rest is no test of a world model."""
-    found: dict[str, list] = {}
-    for batch in evaluation_batches(dataclasses.replace(loader, frames=config.frames)):
-        moving = batch["keys"][:, 1:].any(axis=(1, 2))
-        for name, values in batch.items():
-            found.setdefault(name, []).extend(values[moving])
-        if len(found["keys"]) >= config.clips:
-            break
-    count = len(found.get("keys", []))
-    if count < config.clips:
-        raise ConfigError(
-            f"clips = {config.clips}: data {loader.path} has {count} held-out clips with movement"
-        )
-    return {name: np.array(values[: config.clips]) for name, values in found.items()}
+def clips_of(config: EvaluateConfig, source: Source) -> tuple[DataConfig, tuple[int, int]]:
+    """The data to measure on, and the size of its clips."""
+    chosen = config.data
+    if source.run:
+        run = run_config(source)
+        path, frames, size = run.data.path, run.data.frames, run.size
+    else:
+        path = frames = None
+        size = (0, 0)
+    values = {"path": chosen.path or path, "frames": chosen.frames or frames}
+    for name, value in values.items():
+        if value is None:
+            raise ConfigError(
+                f"config.data.{name} = None: {config.run} is a bundle, which has no data; give one"
+            )
+    return DataConfig(batch=config.batch, **values), chosen.size or size
 
 
 def main() -> None:
     config = common.load(CONFIG, EvaluateConfig)
-    run = load_config(config.run)
-    world = open_world(config.run)
-    codec = world.codec
-    encoder = ClipEncoder(codec, world.text_encoder, world.config, world.pose)
-    clips = moving_clips(config, run.data)
-    truth = clips["frames"]
-
-    def generate(order: np.ndarray, title: str) -> np.ndarray:
-        """Videos from each clip's first frame, with the keys and the camera path of clip order[i]."""
-        videos = []
-        for start in track(range(0, config.clips, config.batch), description=title):
-            rows = np.arange(start, min(start + config.batch, config.clips))
-            window = {name: clips[name][order[rows]] for name in ("keys", "c2w", "intrinsics")}
-            window["frames"] = truth[rows]
-            condition = encoder.condition(
-                window, clips[run.tasks.caption][rows], np.ones(len(rows), np.int32)
-            )
-            video = sample_clips(
-                world.model,
-                codec,
-                world.text_encoder,
-                condition,
-                config.sample,
-                seed=config.seed,
-                indices=rows,
-            )
-            videos.append(np.asarray(to_uint8(video)))
-        return np.concatenate(videos)
-
-    own = np.arange(config.clips)
-    began = time.monotonic()
-    generated = generate(own, "true keys ")
-    seconds = time.monotonic() - began
-    other = generate(np.roll(own, 1), "other keys")
-    frozen = np.repeat(truth[:, :1], truth.shape[1], axis=1)
-    codec_only = np.concatenate(
-        [np.asarray(to_uint8(codec.decode(codec.encode(to_float(x[None]))))) for x in truth]
-    )
-
-    # Frame 0 is given: only generated frames count.
-    score = lambda videos: float(clip_psnr(videos[:, 1:], truth[:, 1:]).mean())
-    signs = {
-        name: np.sum([yaw_signs(v, k) for v, k in zip(videos, clips["keys"], strict=True)], axis=0)
-        for name, videos in (("generated", generated), ("truth", truth))
-    }
-    results = {
-        "clips": config.clips,
-        "generated_frames": config.frames - 1,
-        "psnr_true_keys": score(generated),
-        "psnr_other_keys": score(other),
-        "psnr_frozen": score(frozen),
-        "codec_psnr": score(codec_only),
-        "yaw_sign_agreement": _share(signs["generated"]),
-        "yaw_sign_agreement_truth": _share(signs["truth"]),
-        "yaw_spans": int(signs["generated"][1]),
-        "frames_per_second": (config.frames - 1) * config.clips / seconds,
-        "psnr_by_frame": {
-            name: frame_psnr(videos, truth)[:, 1:].mean(axis=0).tolist()
-            for name, videos in (("true_keys", generated), ("other_keys", other), ("frozen", frozen))
-        },
-    }
     out = pathlib.Path(config.out)
+    common.check_writable(out, "config.out")
+    source = find(config.run, "config.run")
+    given = {name: getattr(config, name) for name in ("steps", "shift", "solver", "guidance")}
+    sample = chosen_sample(sample_config(source.config, f"config.run = {config.run!r}"), **given)
+    data, size = clips_of(config, source)
+    clips = held_out_clips(data, config.clips, size, config.data.split)
+    world = open_world(config.run, dtype=config.dtype, field="config.run")
+    measured = evaluate_world(world, clips, sample, batch=config.batch, seed=config.seed, track=track)
+    write(out, measured, config.shown)
+    print(json.dumps(measured.numbers, indent=2))
+
+
+def write(out: pathlib.Path, measured: Measured, shown: int) -> None:
+    """The result folder."""
+    names = ("truth", "true_keys", "other_keys")
     out.mkdir(parents=True, exist_ok=True)
     rows = [
-        row
-        for i in range(config.shown)
-        for row in ((f"{i} truth", truth[i]), (f"{i} true keys", generated[i]), (f"{i} other keys", other[i]))
+        (f"{i} {name.replace('_', ' ')}", measured.videos[name][i]) for i in range(shown) for name in names
     ]
     write_image(out / "sheet.png", contact_sheet(rows, columns=9))
-    write_mp4(
-        out / "generated.mp4", _side_by_side([v[: config.shown] for v in (truth, generated, other)]), 8.0, 3
-    )
+    write_mp4(out / "generated.mp4", side_by_side([measured.videos[name][:shown] for name in names]), 8.0, 3)
+    results = measured.numbers | {"psnr_by_frame": measured.by_frame}
     (out / "evaluation.json").write_text(json.dumps(results, indent=2) + "\n")
-    print(json.dumps({name: value for name, value in results.items() if name != "psnr_by_frame"}, indent=2))
-
-
-def _share(signs: np.ndarray) -> float:
-    return float(signs[0] / max(signs[1], 1))
-
-
-def _side_by_side(videos: list[np.ndarray], gap: int = 4) -> np.ndarray:
-    """Columns of videos `[n f h w 3]`, a row each clip, with white lines between them."""
-    padded = [np.pad(v, ((0, 0), (0, 0), (0, gap), (0, gap), (0, 0)), constant_values=255) for v in videos]
-    columns = [np.concatenate(list(v), axis=1) for v in padded]
-    return np.concatenate(columns, axis=2)
 
 
 if __name__ == "__main__":

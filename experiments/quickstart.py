@@ -27,17 +27,18 @@ from rich.table import Table
 from experiments import common
 from experiments.common import UserError
 from experiments.configs import tiny
-from lingbot_jax.data.loader import evaluation_batches
+from lingbot_jax.data.crops import crops
 from lingbot_jax.data.video import write_image
 from lingbot_jax.evaluation.report import Report, plot_lines
-from lingbot_jax.models.text import HashedNgramEncoder, fills
-from lingbot_jax.training.checkpoints import load_config
+from lingbot_jax.evaluation.suite import run_config
+from lingbot_jax.files import write_whole
+from lingbot_jax.models.text import HashedNgramEncoder, is_truncated
 from lingbot_jax.training.metrics import read_metrics
+from lingbot_jax.worlds.open import find
 
-FLAGS = flags.FLAGS
-flags.DEFINE_string("root", "runs/demo", "folder of everything the demo makes")
-flags.DEFINE_bool("fresh", False, "remove what an earlier run made, and start over")
-flags.DEFINE_multi_string(
+ROOT = flags.DEFINE_string("root", "runs/demo", "folder of everything the demo makes")
+FRESH = flags.DEFINE_bool("fresh", False, "remove what an earlier run made, and start over")
+SET = flags.DEFINE_multi_string(
     "set", [], "STAGE.FIELD=VALUE: a config override of one stage, e.g. world.steps=100"
 )
 
@@ -77,7 +78,7 @@ class Stage:
 
 
 def stages(root: pathlib.Path) -> list[Stage]:
-    data, codec, world, action = root / "data", root / "codec.safetensors", root / "world", root / "action"
+    data, codec, world, action = root / "data", root / "codec", root / "world", root / "action"
     walk, out = root / "walk", root / "evaluation"
 
     def config(name: str, **fields: pathlib.Path) -> Callable[[], list[str]]:
@@ -87,7 +88,9 @@ def stages(root: pathlib.Path) -> list[Stage]:
     trained = {"codec": codec, "data__path": data}
     return [
         Stage("collect", "Play the game", "collect", data, config("collect", out=data)),
-        Stage("codec", "Fit the latent codec", "prepare", codec, config("codec", out=codec, data__path=data)),
+        Stage(
+            "codec", "Fit the latent codec", "fit_codec", codec, config("codec", out=codec, data__path=data)
+        ),
         Stage("world", "Train the world model", "train", world, config("world", run=world, **trained)),
         Stage(
             "action",
@@ -108,23 +111,21 @@ def walk_arguments(root: pathlib.Path) -> list[str]:
 
     The frame is the most colourful of those whose caption the model can read to its end.
     """
-    run = load_config(root / "action")
-    clips = next(evaluation_batches(dataclasses.replace(run.data, frames=1, batch=64)))
-    text_encoder = HashedNgramEncoder(run.model.text_dim, run.model.text_len)
+    run = run_config(find(root / "action"))
+    clips = next(iter(crops(dataclasses.replace(run.data, frames=1, batch=64), "held_out")))
+    captions = clips[run.world.caption]
     colour = clips["frames"].std(axis=(1, 2, 3)).sum(-1)
-    best = int(np.argmax(np.where(fills(text_encoder, clips[run.tasks.caption]), -1, colour)))
+    cut = is_truncated(HashedNgramEncoder(run.world.text), [str(caption) for caption in captions])
+    best = int(np.argmax(np.where(cut, -1, colour)))
     image = root / "first_frame.png"
     write_image(image, clips["frames"][best, 0])
-    collected = json.loads((root / "data" / "dataset.json").read_text())["config"]
     return [
         f"--run={root / 'action'}",
         f"--image={image}",
-        f"--prompt={clips[run.tasks.caption][best]}",
+        f"--prompt={captions[best]}",
         f"--keys={KEYS}",
-        f"--turn={collected['yaw']}",
         "--intrinsics=" + ",".join(f"{v:g}" for v in clips["intrinsics"][best, 0]),
         f"--clip_frames={run.data.frames}",
-        "--steps=12",
         "--fps=8",
         "--zoom=6",
         f"--out={root / 'walk'}",
@@ -185,14 +186,14 @@ def run_stage(stage: Stage, command: list[str], log: dict, path: pathlib.Path) -
 
 
 def main() -> None:
-    root, console = pathlib.Path(FLAGS.root), Console()
-    if FLAGS.fresh and root.exists():
+    root, console = pathlib.Path(ROOT.value), Console()
+    if FRESH.value and root.exists():
         shutil.rmtree(root)
     root.mkdir(parents=True, exist_ok=True)
     plan, log_path = stages(root), root / "stages.json"
     prefixes = {stage.name: stage.flag for stage in plan}
     overrides: dict[str, list[str]] = {name: [] for name in prefixes}
-    for item in FLAGS.set:
+    for item in SET.value:
         name, _, field = item.partition(".")
         if name not in prefixes or "=" not in field:
             raise UserError(f"--set={item}: must be STAGE.FIELD=VALUE with a stage of {', '.join(prefixes)}")
@@ -235,9 +236,7 @@ def write_report(root: pathlib.Path, plan: list[Stage], log: dict) -> dict:
         "peak_rss_gib": peak,
         "train_steps": sum(lines[-1]["step"] for lines in curves.values()),
     }
-    partial = root / "metrics.json.partial"
-    partial.write_text(json.dumps(metrics, indent=2) + "\n")
-    partial.replace(root / "metrics.json")
+    write_whole(root / "metrics.json", json.dumps(metrics, indent=2) + "\n")
 
     plot_lines(
         root / "loss.png",

@@ -1,47 +1,65 @@
-"""Configurations of the experiments that have no module of their own in the package."""
+"""Configs of the experiments that have no module of their own in the package."""
 
-import dataclasses
+from typing import Annotated, Literal
 
-from lingbot_jax.config import require
-from lingbot_jax.data.loader import LoaderConfig
+from pydantic import Field
+
+from lingbot_jax.config import Path, Positive, PositiveInt, Seed, config, require
+from lingbot_jax.data.config import DataConfig
+from lingbot_jax.diffusion.guidance import Scale
+from lingbot_jax.diffusion.solvers import SolverName
 from lingbot_jax.models.config import LinearCodecConfig
-from lingbot_jax.rollout.bidirectional import SampleConfig
+
+Side = Annotated[int, Field(gt=0, le=16384)]
 
 
-@dataclasses.dataclass(frozen=True)
-class PrepareConfig:
-    """Attributes:
-    out: the codec file. data: where the clips are. clips: training clips to fit on; held_out: clips to check on.
-    """
+@config
+class FitCodecConfig:
+    """Of experiments.fit_codec."""
 
-    out: str
-    data: LoaderConfig
-    codec: CodecConfig = CodecConfig()
-    clips: int = 640
-    held_out: int = 64
-
-    def __post_init__(self):
-        require(self.clips > 0, "clips", self.clips, "must be positive")
-        require(self.held_out > 0, "held_out", self.held_out, "must be positive")
+    out: Path = Field(description="the codec: a bundle folder to write, local or gs://")
+    data: DataConfig = Field(description="the clips")
+    codec: LinearCodecConfig = Field(LinearCodecConfig(), description="its sizes")
+    clips: PositiveInt = Field(640, description="training clips that it is fitted on, the first ones")
+    held_out: PositiveInt = Field(64, description="held-out clips that its reconstruction is measured on")
 
 
-@dataclasses.dataclass(frozen=True)
+@config
+class ClipsConfig:
+    """The clips that a world is measured on; what is None is as the run was trained, at the start of its curriculum."""
+
+    path: Path | None = Field(None, description="folder of the data set, local or gs://; a bundle has none")
+    split: Literal["held_out", "train"] = Field("held_out", description="which clips of it")
+    frames: Annotated[int, Field(gt=0, le=1_000_001)] | None = Field(
+        None, description="video frames of a clip, 4n + 1; a bundle has none"
+    )
+    size: tuple[Side, Side] | None = Field(
+        None, description="height, width that they are scaled and cropped to; of a bundle None is as stored"
+    )
+
+
+@config
 class EvaluateConfig:
-    """Attributes:
-    run: the trained run. out: the folder to write. clips: held-out clips in which something moves, at least 2.
-    batch: clips generated at a time. frames: video frames a clip, 4n+1. shown: clips in the video and the sheet.
-    """
+    """Of experiments.evaluate. How it samples is the world's own where a field is None."""
 
-    run: str
-    out: str
-    sample: SampleConfig
-    clips: int = 64
-    batch: int = 32
-    frames: int = 33
-    shown: int = 6
-    seed: int = 0
+    run: Path = Field(description="a run or a bundle")
+    out: Path = Field(description="folder to write; what it held of an earlier evaluation is replaced")
+    data: ClipsConfig = Field(ClipsConfig(), description="the clips")
+    clips: Annotated[int, Field(ge=2, le=2**20)] = Field(
+        64, description="how many, of those in which something moves"
+    )
+    batch: Annotated[int, Field(gt=0, le=65536)] = Field(32, description="clips generated at a time")
+    shown: Annotated[int, Field(gt=0, le=1024)] = Field(6, description="clips in the video and the sheet")
+    steps: Annotated[int, Field(gt=0, le=1000)] | None = Field(None, description="denoising steps")
+    shift: Annotated[Positive, Field(le=1000)] | None = Field(None, description="of the schedule")
+    solver: SolverName | None = Field(None, description="ODE solver")
+    guidance: tuple[Scale, Scale] | None = Field(
+        None, description="scales of the low-noise and the high-noise expert; 1 is off"
+    )
+    dtype: Literal["float32", "bfloat16"] | None = Field(
+        None, description="of the parameters; None: as they are stored"
+    )
+    seed: Seed = Field(0, description="of the noise")
 
     def __post_init__(self):
-        require(self.clips >= 2, "clips", self.clips, "must be at least 2: one lends its keys to another")
-        require(self.batch > 0, "batch", self.batch, "must be positive")
-        require(1 <= self.shown <= self.clips, "shown", self.shown, f"must be 1 to clips = {self.clips}")
+        require(self.shown <= self.clips, "shown", self.shown, f"must be at most clips = {self.clips}")

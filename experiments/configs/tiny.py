@@ -3,41 +3,50 @@
 One argument names the experiment; `make demo` runs collect, codec, world, action and evaluate in this order,
 under runs/demo:
 
-    python -m experiments.collect  --config=experiments/configs/tiny.py:collect
-    python -m experiments.prepare  --config=experiments/configs/tiny.py:codec
-    python -m experiments.train    --config=experiments/configs/tiny.py:world
-    python -m experiments.train    --config=experiments/configs/tiny.py:action
-    python -m experiments.evaluate --config=experiments/configs/tiny.py:evaluate
+    python -m experiments.collect   --config=experiments/configs/tiny.py:collect
+    python -m experiments.fit_codec --config=experiments/configs/tiny.py:codec
+    python -m experiments.train     --config=experiments/configs/tiny.py:world
+    python -m experiments.train     --config=experiments/configs/tiny.py:action
+    python -m experiments.evaluate  --config=experiments/configs/tiny.py:evaluate
 """
 
 from ml_collections import ConfigDict
 
-from experiments.configs.schema import EvaluateConfig, PrepareConfig
+from experiments.configs.schema import EvaluateConfig, FitCodecConfig
 from lingbot_jax.config import template
 from lingbot_jax.engine.collect.config import CollectConfig
 from lingbot_jax.training.config import TrainConfig
 
 ROOT = "runs/demo"
 CHANNELS = 32
+YAW = 3.0  # degrees per frame of a turning key
 
+NETWORK = {
+    "dim": 128,
+    "layers": 4,
+    "heads": 4,
+    "ffn": 512,
+    "freq_dim": 64,
+    "text_dim": 64,
+    "text_len": 32,
+    "latent_channels": CHANNELS,
+    "control": "cam_act",
+    # A token is one latent pixel: shifting the first frame is then a matter of where to look, not of
+    # moving pictures inside a token. Four times the tokens learn the keys in a quarter of the steps.
+    "patch": (1, 1, 1),
+    "dtype": "float32",
+    "remat": "dots",  # on a CPU recomputing is cheaper than writing to memory: 1.2 times the steps
+}
 
-def _model() -> dict:
-    return {
-        "dim": 128,
-        "layers": 4,
-        "heads": 4,
-        "ffn": 512,
-        "freq_dim": 64,
-        "text_dim": 64,
-        "text_len": 32,
-        "latent_channels": CHANNELS,
-        "control": "cam_act",
-        # A token is one latent pixel: warping the first frame is then a matter of where to look, not of
-        # moving pictures inside a token. Four times the tokens learn the keys in a quarter of the steps.
-        "patch": (1, 1, 1),
-        "dtype": "float32",
-        "remat": "dots",  # on a CPU recomputing is cheaper than writing to memory: 1.2 times the steps
-    }
+WORLD = {
+    "networks": {"world": NETWORK},
+    "codec": {"kind": "linear", "channels": CHANNELS},
+    "text": {"kind": "ngram", "dim": NETWORK["text_dim"], "length": NETWORK["text_len"]},
+    # One game has one scale, and poses relative to the first frame say where the camera is looking.
+    "pose": {"reference": "first", "translation": "metric"},
+    "keyboard": {"turn_rate": YAW},
+    "sample": {"steps": 8, "shift": 6.0, "solver": "euler", "guidance": {"low": 1.0, "high": 1.0}},
+}
 
 
 def _data() -> dict:
@@ -45,14 +54,13 @@ def _data() -> dict:
 
 
 def _collect() -> ConfigDict:
-    return template(
-        CollectConfig, {"out": f"{ROOT}/data", "clips": 1280, "held_out": 96, "compression": "uncompressed"}
-    )
+    fields = {"out": f"{ROOT}/data", "clips": 1280, "held_out": 96, "yaw": YAW, "compression": "uncompressed"}
+    return template(CollectConfig, fields)
 
 
 def _codec() -> ConfigDict:
     return template(
-        PrepareConfig, {"out": f"{ROOT}/codec.safetensors", "data": _data(), "codec": {"channels": CHANNELS}}
+        FitCodecConfig, {"out": f"{ROOT}/codec", "data": _data(), "codec": {"channels": CHANNELS}}
     )
 
 
@@ -65,12 +73,10 @@ def _train(stage: str) -> ConfigDict:
             "run": f"{ROOT}/{stage}",
             "stage": stage,
             "steps": {"world": 1100, "action": 100}[stage],
-            "codec": f"{ROOT}/codec.safetensors",
-            "model": _model(),
+            "codec": f"{ROOT}/codec",
+            "world": WORLD,
             "data": _data(),
-            # One game has one scale, and poses relative to the first frame say where the camera is looking.
-            "pose": {"reference": "first", "translation": "metric"},
-            "tasks": {"continuation": 0.3, "max_given": 3},
+            "tasks": {"continuation": 0.3, "max_conditioning_frames": 3},
             # High noise is where the keys decide what is seen. With more channels or less shift the first
             # components of the latents show through the noise, and the model reads them instead of the keys.
             "flow": {"shift": 12.0},
@@ -88,15 +94,7 @@ def _train(stage: str) -> ConfigDict:
 
 
 def _evaluate() -> ConfigDict:
-    return template(
-        EvaluateConfig,
-        {
-            "run": f"{ROOT}/action",
-            "out": f"{ROOT}/evaluation",
-            "frames": 17,
-            "sample": {"steps": 8, "shift": 6.0, "solver": "euler", "guidance": {"low": 1.0, "high": 1.0}},
-        },
-    )
+    return template(EvaluateConfig, {"run": f"{ROOT}/action", "out": f"{ROOT}/evaluation"})
 
 
 def get_config(experiment: str = "world") -> ConfigDict:

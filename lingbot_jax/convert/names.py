@@ -26,8 +26,8 @@ LINEAR = "o i -> i o"
 CONV2D = "o i h w -> h w i o"
 CONV3D = "o i t h w -> t h w i o"
 CONV1X1 = "o i 1 1 -> i o"  # a 1x1 convolution is a linear layer over channels
-GAIN2D = "c 1 1 -> c"
-GAIN3D = "c 1 1 1 -> c"
+SCALE2D = "c 1 1 -> c"
+SCALE3D = "c 1 1 1 -> c"
 LEADING_ONE = "1 ... -> ..."
 
 

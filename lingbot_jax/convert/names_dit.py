@@ -7,8 +7,8 @@ diffusers has no such layer), and a layout. Linear layers and norms are one row 
 import dataclasses
 from collections.abc import Iterator
 
-from lingbot_jax.models.config import DiTConfig
 from lingbot_jax.convert.names import AS_IS, LEADING_ONE, LINEAR, Entry
+from lingbot_jax.models.config import DiTConfig
 
 PATCH = "o c 1 r s -> (r s) c o"  # a 3D convolution whose time patch is 1
 CONTROL_PATCH = "o (c r s) -> (r s) c o"
@@ -19,7 +19,7 @@ ROTARY_VECTOR = "(h k two) -> (h two k)"
 
 @dataclasses.dataclass(frozen=True)
 class _Row:
-    """`kind` says which tensors there are: linear (kernel, bias), norm (gain, bias), gain, or one tensor."""
+    """`kind` says which tensors there are: linear (kernel, bias), norm (scale, bias), scale, or one tensor."""
 
     kind: str
     ours: str
@@ -30,12 +30,12 @@ class _Row:
 
 def _attention(ours: str, published: str, diffusers: str, layout: str) -> Iterator[_Row]:
     """The rows of one attention; `layout` is the one of q and k."""
-    gain = ROTARY_VECTOR if layout == ROTARY_KERNEL else AS_IS
+    scale = ROTARY_VECTOR if layout == ROTARY_KERNEL else AS_IS
     for name, kernel in (("q", layout), ("k", layout), ("v", LINEAR)):
         yield _Row("linear", f"{ours}.{name}", f"{published}.{name}", f"{diffusers}.to_{name}", kernel)
     yield _Row("linear", f"{ours}.o", f"{published}.o", f"{diffusers}.to_out.0")
     for name in ("norm_q", "norm_k"):
-        yield _Row("gain", f"{ours}.{name}", f"{published}.{name}", f"{diffusers}.{name}", gain)
+        yield _Row("scale", f"{ours}.{name}", f"{published}.{name}", f"{diffusers}.{name}", scale)
 
 
 def _rows(config: DiTConfig) -> Iterator[_Row]:
@@ -81,8 +81,8 @@ def _entries(row: _Row, name: str, config: DiTConfig) -> Iterator[Entry]:
     bias = ROTARY_VECTOR if row.layout == ROTARY_KERNEL else AS_IS
     layouts = {
         "linear": (("kernel", "weight", row.layout), ("bias", "bias", bias)),
-        "norm": (("gain", "weight", AS_IS), ("bias", "bias", AS_IS)),
-        "gain": (("gain", "weight", row.layout),),
+        "norm": (("scale", "weight", AS_IS), ("bias", "bias", AS_IS)),
+        "scale": (("scale", "weight", row.layout),),
         "tensor": ((None, None, row.layout),),
     }
     for ours, theirs, layout in layouts[row.kind]:

@@ -1,14 +1,18 @@
 """Name tables of the umT5 encoder: the published `models_t5_umt5-xxl-enc-bf16.pth`, and transformers' folder."""
 
+import dataclasses
+
 from lingbot_jax.convert.names import AS_IS, LINEAR, Entry
+
+TIED = "encoder.embed_tokens.weight"  # the same array as shared.weight
 
 # Ours, published, transformers, layout.
 ROWS = (
     ("embedding", "token_embedding.weight", "shared.weight", AS_IS),
-    ("norm.gain", "norm.weight", "encoder.final_layer_norm.weight", AS_IS),
+    ("norm.scale", "norm.weight", "encoder.final_layer_norm.weight", AS_IS),
 )
 BLOCK = (
-    ("norm1.gain", "norm1.weight", "layer.0.layer_norm.weight", AS_IS),
+    ("norm1.scale", "norm1.weight", "layer.0.layer_norm.weight", AS_IS),
     ("q", "attn.q.weight", "layer.0.SelfAttention.q.weight", LINEAR),
     ("k", "attn.k.weight", "layer.0.SelfAttention.k.weight", LINEAR),
     ("v", "attn.v.weight", "layer.0.SelfAttention.v.weight", LINEAR),
@@ -19,7 +23,7 @@ BLOCK = (
         "layer.0.SelfAttention.relative_attention_bias.weight",
         AS_IS,
     ),
-    ("norm2.gain", "norm2.weight", "layer.1.layer_norm.weight", AS_IS),
+    ("norm2.scale", "norm2.weight", "layer.1.layer_norm.weight", AS_IS),
     ("gate", "ffn.gate.0.weight", "layer.1.DenseReluDense.wi_0.weight", LINEAR),
     ("up", "ffn.fc1.weight", "layer.1.DenseReluDense.wi_1.weight", LINEAR),
     ("down", "ffn.fc2.weight", "layer.1.DenseReluDense.wo.weight", LINEAR),
@@ -36,6 +40,7 @@ def published() -> list[Entry]:
     return _table("blocks", 1)
 
 
-def transformers() -> list[Entry]:
-    """Names of transformers' `UMT5EncoderModel`."""
-    return _table("encoder.block", 2)
+def transformers(tied: bool = False) -> list[Entry]:
+    """Names of transformers' `UMT5EncoderModel`, which ties two embeddings; `tied`: only the second was saved."""
+    table = _table("encoder.block", 2)
+    return [dataclasses.replace(e, published=TIED) if tied and e.ours == "embedding" else e for e in table]

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from lingbot_jax.convert.names import CONV1X1, CONV2D, CONV3D, GAIN2D, GAIN3D, Entry
+from lingbot_jax.convert.names import CONV1X1, CONV2D, CONV3D, SCALE2D, SCALE3D, Entry
 from lingbot_jax.models.config import VAEConfig
 
 LINEAR3D = "o i 1 1 1 -> i o"  # a 1x1x1 convolution
@@ -31,7 +31,7 @@ def _affine(ours: str, published: str, layout: str) -> Iterator[Entry]:
 def _residual(ours: str, published: str, kind: int, shortcut: bool) -> Iterator[Entry]:
     for name, names in RESIDUAL.items():
         if name.startswith("norm"):
-            yield Entry(f"{ours}.{name}.gain", f"{published}.{names[kind]}.gamma", GAIN3D)
+            yield Entry(f"{ours}.{name}.scale", f"{published}.{names[kind]}.gamma", SCALE3D)
         elif name != "shortcut" or shortcut:
             layout = LINEAR3D if name == "shortcut" else CONV3D
             yield from _affine(f"{ours}.{name}", f"{published}.{names[kind]}", layout)
@@ -49,7 +49,7 @@ def _middle(ours: str, published: str, kind: int) -> Iterator[Entry]:
         ("mid_block.resnets.0", "mid_block.attentions.0", "mid_block.resnets.1"),
     )[kind]
     yield from _residual(f"{ours}.middle.before", f"{published}.{before}", kind, shortcut=False)
-    yield Entry(f"{ours}.middle.attention.norm.gain", f"{published}.{attention}.norm.gamma", GAIN2D)
+    yield Entry(f"{ours}.middle.attention.norm.scale", f"{published}.{attention}.norm.gamma", SCALE2D)
     yield from _affine(f"{ours}.middle.attention.qkv", f"{published}.{attention}.to_qkv", CONV1X1)
     yield from _affine(f"{ours}.middle.attention.out", f"{published}.{attention}.proj", CONV1X1)
     yield from _residual(f"{ours}.middle.after", f"{published}.{after}", kind, shortcut=False)
@@ -92,7 +92,7 @@ def _table(config: VAEConfig, kind: int) -> list[Entry]:
         entries += _affine(f"{part}.conv_in", f"{part}.{ENDS['conv_in'][kind]}", CONV3D)
         entries += layers(config, kind)
         entries += _middle(part, part, kind)
-        entries.append(Entry(f"{part}.norm_out.gain", f"{part}.{ENDS['norm_out'][kind]}.gamma", GAIN3D))
+        entries.append(Entry(f"{part}.norm_out.scale", f"{part}.{ENDS['norm_out'][kind]}.gamma", SCALE3D))
         entries += _affine(f"{part}.conv_out", f"{part}.{ENDS['conv_out'][kind]}", CONV3D)
     for ours, names in MOMENTS.items():
         entries += _affine(ours, names[kind], LINEAR3D)

@@ -5,9 +5,7 @@ the first frame alone, then groups of `stride[0]` frames, so f = st * (t - 1) + 
 is encoded into a prefix of the latents. The Wan 2.1 VAE (`vae.py`) stands behind the same interface.
 """
 
-import dataclasses
-import json
-import pathlib
+import math
 from collections.abc import Iterable
 from typing import Any, Protocol, runtime_checkable
 
@@ -15,12 +13,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from einops import rearrange, repeat
+from flax import nnx
 from jaxtyping import Array, Float, Shaped
-from safetensors import safe_open
-from safetensors.numpy import save_file
 
-from lingbot_jax.config import ConfigError, build
+from lingbot_jax.config import ConfigError
+from lingbot_jax.models import params
 from lingbot_jax.models.config import LinearCodecConfig, VAEConfig
+from lingbot_jax.models.params import ones, param, zeros
 
 Stream = Any  # a pytree of static structure, threaded through decode_chunk
 
@@ -51,26 +50,26 @@ class Codec(Protocol):
         ...
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class LinearCodec:
+class LinearCodec(nnx.Module):
     """Principal components of space-time patches: latents = (patch - mean) @ basis / scale.
 
     The first frame is repeated to fill its patch, so that one basis serves stills and motion alike, and an
     image latent means the same as a video latent of a camera at rest.
 
     Attributes:
-      basis: `p c`, orthonormal columns. mean: `p`. scale: scalar; a single scale for all channels keeps the
+      basis: `i c`, orthonormal columns. mean: `i`. scale: scalar; a single scale for all channels keeps the
         latent metric equal to the pixel metric: squared error in latents is squared error in pixels.
     """
 
-    basis: Float[Array, "p c"]
-    mean: Float[Array, "p"]
-    scale: Float[Array, ""]
-    config: LinearCodecConfig = dataclasses.field(metadata={"static": True})
+    def __init__(self, config: LinearCodecConfig, key: jax.Array):
+        features = 3 * math.prod(config.stride)
+        self.basis = param(key, (features, config.channels), (None, None), jax.nn.initializers.orthogonal())
+        self.mean = param(key, (features,), (None,), zeros)
+        self.scale = param(key, (), (), ones)
+        self.config = config
 
     def encode(self, video: Float[Array, "b f h w 3"]) -> Float[Array, "b t hl wl c"]:
-        return (_patches(video, self.config) - self.mean) @ self.basis / self.scale
+        return (_patches(video, self.config) - self.mean[...]) @ self.basis[...] / self.scale[...]
 
     def decode(self, latents: Float[Array, "b t hl wl c"]) -> Float[Array, "b f h w 3"]:
         return self.decode_chunk(latents, (), first=True)[0]
@@ -82,7 +81,7 @@ class LinearCodec:
         self, latents: Float[Array, "b t hl wl c"], stream: Stream, *, first: bool
     ) -> tuple[Float[Array, "b f h w 3"], Stream]:
         st, sh, sw = self.config.stride
-        patches = latents * self.scale @ self.basis.T + self.mean
+        patches = latents * self.scale[...] @ self.basis[...].T + self.mean[...]
         groups = rearrange(patches, "b t h w (s p q c) -> b t s (h p) (w q) c", s=st, p=sh, q=sw, c=3)
         video = rearrange(groups[:, first:], "b t s h w c -> b (t s) h w c")
         if first:
@@ -123,41 +122,8 @@ def fit_linear(batches: Iterable[Float[np.ndarray, "b f h w 3"]], config: Linear
     variance, basis = variance[::-1][: config.channels], vectors[:, ::-1][:, : config.channels]
     scale = np.sqrt(variance.mean())
     as32 = lambda a: jnp.asarray(a, jnp.float32)
-    return LinearCodec(basis=as32(basis), mean=as32(mean), scale=as32(scale), config=config)
-
-
-def save_linear(codec: LinearCodec, path: str | pathlib.Path) -> None:
-    """Writes one safetensors file, whole or not at all."""
-    path = pathlib.Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    arrays = {name: np.asarray(getattr(codec, name)) for name in ("basis", "mean", "scale")}
-    partial = path.with_name(path.name + ".partial")
-    save_file(
-        arrays,
-        partial,
-        metadata={"codec": json.dumps(dataclasses.asdict(codec.config))},
-    )
-    partial.rename(path)
-
-
-def load_linear(path: str | pathlib.Path) -> LinearCodec:
-    """Reads what `save_linear` wrote.
-
-    Raises:
-      ConfigError: the file is missing or is not a linear codec.
-    """
-    if not pathlib.Path(path).is_file():
-        raise ConfigError(f"codec.path = {str(path)!r}: no such file; experiments.prepare makes it")
-    try:
-        with safe_open(path, framework="numpy") as file:
-            header = json.loads((file.metadata() or {}).get("codec", "{}"))
-            arrays = {name: jnp.asarray(file.get_tensor(name)) for name in file.keys()}  # noqa: SIM118
-    except Exception as error:  # safetensors raises its own untyped errors on damaged files
-        raise ConfigError(f"codec.path = {str(path)!r}: not a readable safetensors file ({error})") from None
-    if header.pop("kind", None) != "linear":
-        raise ConfigError(f"codec.path = {str(path)!r}: not a linear codec")
-    config = build(LinearCodecConfig, {"kind": "linear"} | header, "codec")
-    return LinearCodec(**arrays, config=config)
+    template = params.abstract(lambda key: LinearCodec(config, key))
+    return params.with_arrays(template, {"basis": as32(basis), "mean": as32(mean), "scale": as32(scale)})
 
 
 def to_float(frames: Shaped[Array, "..."] | np.ndarray) -> Float[Array, "..."]:

@@ -1,13 +1,12 @@
-"""Camera and key control: tokens from packed control, and their injection into a block (paper section 3.3.2).
+"""Camera and key control: tokens from the camera / action embedding, injected into a block (paper section 3.3.2).
 
-Packed control is `b t h w C*stride^2`: all pixels under a latent pixel as channels (`control/plucker.py` makes
-it). All parameters of this file are adapters: the action stage trains them and nothing else.
+The camera / action embedding is `b t h w C*stride^2`: all pixels under a latent pixel as channels
+(`control/plucker.py` makes it). All parameters of this file are adapters: the action stage trains them and
+nothing else.
 
 A freshly made injection has zero scale and shift layers, so that adding adapters to a trained model changes
 nothing until they are trained. Everything else is Xavier-uniform as published.
 """
-
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,10 +19,9 @@ from lingbot_jax.models.layers import Linear, Mlp, PatchEmbedding
 from lingbot_jax.models.params import zeros
 
 
-def is_adapter(path: tuple[Any, ...], value: Any) -> bool:
-    """Filter for `nnx.split`: True for the parameters of this file, which sit under a `control` attribute."""
-    del value
-    return "control" in path
+def is_adapter(path: str) -> bool:
+    """Whether a parameter, by dotted path, is of this file: they sit under a `control` attribute."""
+    return "control" in path.split(".")
 
 
 class ControlEmbedding(nnx.Module):

@@ -9,7 +9,6 @@ embeddings (set where those are made).
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,11 +20,9 @@ from jaxtyping import Array, Float, Float32
 from lingbot_jax import axes as ax
 from lingbot_jax.models.params import Initializer, ones, param, zeros
 from lingbot_jax.models.rope import cos_sin
-from lingbot_jax.parallel.sharding import gathered, linear
+from lingbot_jax.parallel.sharding import gathered, is_split, linear, matmul
 
 Activation = Callable[[jax.Array], jax.Array]
-# A field of a pytree: an array, or what stands in its place in an abstract tree or a tree of shardings.
-Leaf = Any
 
 
 def xavier(key: jax.Array, shape: Sequence[int], dtype=jnp.float32) -> jax.Array:
@@ -74,34 +71,34 @@ class Mlp(nnx.Module):
 
 
 def layer_norm(x: Float[Array, "*n d"], eps: float) -> Float32[Array, "*n d"]:
-    """LayerNorm over the last axis without gain and bias, in float32."""
+    """LayerNorm over the last axis without scale and bias, in float32."""
     x = x.astype(jnp.float32)
     centred = x - x.mean(-1, keepdims=True)
     return centred * jax.lax.rsqrt(jnp.square(centred).mean(-1, keepdims=True) + eps)
 
 
 class LayerNorm(nnx.Module):
-    """LayerNorm with gain and bias, in float32."""
+    """LayerNorm with scale and bias, in float32."""
 
     def __init__(self, key: jax.Array, dim: int, eps: float):
-        self.gain = param(key, (dim,), (ax.NORM,), ones)
+        self.scale = param(key, (dim,), (ax.NORM,), ones)
         self.bias = param(key, (dim,), (ax.NORM,), zeros)
         self.eps = eps
 
     def __call__(self, x: Float[Array, "*n d"]) -> Float32[Array, "*n d"]:
-        return layer_norm(x, self.eps) * gathered(self.gain) + gathered(self.bias)
+        return layer_norm(x, self.eps) * gathered(self.scale) + gathered(self.bias)
 
 
 class RMSNorm(nnx.Module):
-    """RMSNorm with a gain, in float32. The published q and k norms run over all heads at once."""
+    """RMSNorm with a scale, in float32. The published q and k norms run over all heads at once."""
 
     def __init__(self, key: jax.Array, dim: int, eps: float):
-        self.gain = param(key, (dim,), (ax.NORM,), ones)
+        self.scale = param(key, (dim,), (ax.NORM,), ones)
         self.eps = eps
 
     def __call__(self, x: Float[Array, "*n d"]) -> Float32[Array, "*n d"]:
         x = x.astype(jnp.float32)
-        return x * jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + self.eps) * gathered(self.gain)
+        return x * jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + self.eps) * gathered(self.scale)
 
 
 def patchify(x: Float[Array, "b t h w c"], patch: tuple[int, int, int]) -> Float[Array, "b t p i"]:
@@ -136,11 +133,8 @@ class PatchEmbedding(nnx.Module):
         kernel = gathered(self.kernel, x.dtype)[:, first : first + x.shape[-1]]
         kernel = kernel.reshape(-1, kernel.shape[-1])
         patches = patchify(x, self.patch)
-        if not jax.sharding.get_abstract_mesh().empty:
-            return patches @ kernel  # under a mesh p gets split: it must not be joined with other axes
-        # XLA:CPU forms the gradient of a kernel in place for one axis of tokens, with copies for three.
-        joined = patches.reshape(-1, patches.shape[-1]) @ kernel
-        return joined.reshape(*patches.shape[:-1], -1)
+        # Split over devices, p must not be joined with other axes.
+        return patches @ kernel if is_split() else matmul(patches, kernel)
 
     def __call__(self, x: Float[Array, "b t h w c"]) -> Float[Array, "b t p d"]:
         return self.project(x) + gathered(self.bias, x.dtype)

@@ -5,8 +5,8 @@ Everything about a model that is not a value (shardings, checkpoint templates, c
 is derived from `abstract(make)`, which allocates nothing.
 """
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +14,7 @@ from flax import nnx
 
 from lingbot_jax import axes as ax
 
+Module = TypeVar("Module", bound=nnx.Module)
 Initializer = Callable[[jax.Array, Sequence[int], Any], jax.Array]
 
 zeros: Initializer = jax.nn.initializers.zeros
@@ -61,6 +62,19 @@ def flat_params(module: nnx.Module) -> dict[str, nnx.Param]:
     """Parameters by dotted path, in a stable order."""
     flat = nnx.to_flat_state(nnx.state(module, nnx.Param))
     return {".".join(str(p) for p in path): leaf for path, leaf in flat}
+
+
+def arrays_of(module: nnx.Module) -> dict[str, jax.Array | jax.ShapeDtypeStruct]:
+    """Values of the parameters by dotted path; ShapeDtypeStructs of an abstract module."""
+    return {path: leaf.get_value() for path, leaf in flat_params(module).items()}
+
+
+def with_arrays(template: Module, arrays: Mapping[str, jax.Array | jax.ShapeDtypeStruct]) -> Module:
+    """The module with these parameters; `template` gives the structure and may be abstract."""
+    graph, state = nnx.split(template, nnx.Param)
+    flat = nnx.to_flat_state(state)
+    values = [(path, leaf.replace(arrays[".".join(str(p) for p in path)])) for path, leaf in flat]
+    return nnx.merge(graph, nnx.from_flat_state(values))
 
 
 def logical_axes(module: nnx.Module) -> dict[str, tuple[str | None, ...]]:

@@ -7,7 +7,7 @@ addition theorems. A plain float32 angle near position 1000 is off by 6e-5 rad.
 Order of head dimensions: the published rotary pairs are neighbours (2i, 2i + 1). Here the first members of
 all pairs come first, then all second members, so that a rotation needs two contiguous halves instead of
 stride-2 access (slow on CPUs, a lane shuffle on TPUs). Scores do not change when q and k are permuted alike.
-The conversion tables permute the columns of q and k and their norms' gains; `interleave` restores the published
+The conversion tables permute the columns of q and k and their norms' scales; `interleave` restores the published
 order of cached keys. The pairs of the time axis come first, then height, then width.
 """
 

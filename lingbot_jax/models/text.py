@@ -1,4 +1,8 @@
-"""Text encoders: a list of strings -> zero-padded text tokens `b l d`.
+"""Text encoders: strings -> zero-padded text tokens `b l d`, in two steps.
+
+`encoder.tokenize(texts)` runs on the host and gives a small pytree, the same for the same text; `encoder(tokens)` is
+a pure function for the device, also inside a jitted program and on a mesh. Encoders are pytrees: pass them as
+arguments.
 
 Two behind one interface (`TextEncoder`): `HashedNgramEncoder`, which has no weights and is the default of
 the tiny model, and `UMT5Encoder`, the umT5-xxl encoder of the published checkpoint. Neither ever uses the
@@ -6,6 +10,8 @@ network. Rows past the end of a text are zero and are not masked later: as publi
 the cross-attention of the world model.
 """
 
+import dataclasses
+import functools
 import hashlib
 import html
 import math
@@ -20,12 +26,29 @@ import jax.numpy as jnp
 import numpy as np
 import tokenizers
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Float32, Int
+from jaxtyping import Array, Bool, Float, Float32, Int, Int32
 
 from lingbot_jax import axes as ax
+from lingbot_jax.axes import Placeholder
 from lingbot_jax.config import ConfigError
 from lingbot_jax.models import params
-from lingbot_jax.models.config import UMT5Config
+from lingbot_jax.models.config import NgramConfig, TextConfig, UMT5Config
+from lingbot_jax.parallel.sharding import constrain_batch, gathered, take_rows
+
+CACHED_TEXTS = 4096  # tokenized texts kept on the host, the latest ones; umT5's are 2.5 KB each
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TextTokens:
+    """Texts as an encoder takes them; the leading axis is the text.
+
+    Attributes:
+      values: token ids `b l`, or hashed features `b l d`. mask: `b l`, False past the end of a text.
+    """
+
+    values: Int32[np.ndarray | Array, "b l"] | Float32[np.ndarray | Array, "b l d"] | Placeholder
+    mask: Bool[np.ndarray | Array, "b l"] | Placeholder
 
 
 @runtime_checkable
@@ -33,19 +56,39 @@ class TextEncoder(Protocol):
     """What the world model needs from a text encoder.
 
     Attributes:
-      dim: width of a text token. length: text tokens a text, padding included.
+      dim: width of a text token. length: tokens per text, padding included.
     """
 
+    config: TextConfig
     dim: int
     length: int
 
-    def encode(self, texts: Sequence[str]) -> Float32[np.ndarray, "b l d"]:
-        """Encodes each text; longer ones are cut to `length` tokens, as published."""
+    def tokenize(self, texts: Sequence[str]) -> TextTokens:
+        """NumPy arrays; texts longer than `length` tokens are cut, as published."""
+        ...
+
+    def __call__(self, tokens: TextTokens) -> Float32[Array, "b l d"]:
+        """The encoded texts; zero past the end of each."""
+        ...
+
+    def encode(self, texts: Sequence[str]) -> Float32[Array, "b l d"]:
+        """Both steps."""
+        ...
 
 
-def fills(encoder: TextEncoder, texts: Sequence[str]) -> Bool[np.ndarray, "b"]:
+def is_truncated(encoder: TextEncoder, texts: Sequence[str]) -> Bool[np.ndarray, "b"]:
     """Which texts take all tokens of the encoder, so that an end may have been cut off."""
-    return np.any(encoder.encode(texts)[:, -1], axis=-1)
+    return encoder.tokenize(texts).mask[:, -1]
+
+
+def _stack(rows: Sequence[tuple[np.ndarray, np.ndarray]]) -> TextTokens:
+    values, masks = zip(*rows, strict=True)
+    return TextTokens(np.stack(values), np.stack(masks))
+
+
+@jax.jit
+def _encode(encoder: TextEncoder, tokens: TextTokens) -> Float32[Array, "b l d"]:
+    return encoder(tokens)
 
 
 def clean(text: str) -> str:
@@ -60,35 +103,55 @@ def _signs(feature: str, dim: int) -> Float32[np.ndarray, "d"]:
     return np.unpackbits(np.frombuffer(digest, np.uint8))[:dim].astype(np.float32) * 2 - 1
 
 
+def _features(words: list[str]) -> list[list[str]]:
+    """Names of the features of each word, and of the end of the text."""
+    previous = ["<start>", *words]
+    named = []
+    for before, word in zip(previous, [*words, "<end>"], strict=True):
+        marked = f"<{word}>"
+        grams = [marked[i : i + n] for n in (3, 4) for i in range(len(marked) - n + 1)]
+        named.append([f"word {word}", f"pair {before} {word}", *(f"gram {g}" for g in grams)])
+    return named
+
+
+@functools.lru_cache(CACHED_TEXTS)
+def _hashed(config: NgramConfig, text: str) -> tuple[Float32[np.ndarray, "l d"], Bool[np.ndarray, "l"]]:
+    tokens = np.zeros((config.length, config.dim), np.float32)
+    words = re.findall(r"\w+|[^\w\s]", clean(text).lower())[: config.length - 1]
+    for row, features in enumerate(_features(words)):
+        total = np.sum([_signs(f, config.dim) for f in features], axis=0)
+        tokens[row] = total / max(np.sqrt(np.mean(total**2)), 1e-6)
+    return tokens, np.arange(config.length) <= len(words)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class HashedNgramEncoder:
-    """One token a word: the sum of hashed features, scaled to unit root mean square.
+    """One token per word: the sum of hashed features, scaled to unit root mean square.
 
     Features of a word: itself, its character 3- and 4-grams (so `door` and `doors` are near), and itself
     with the word before it (the world model's cross-attention knows no text positions). A last token marks
     the end of the text, so that the empty text is not all zeros.
     """
 
-    def __init__(self, dim: int, length: int):
-        self.dim = dim
-        self.length = length
+    config: NgramConfig = dataclasses.field(metadata={"static": True})
 
-    def _features(self, words: list[str]) -> list[list[str]]:
-        previous = ["<start>", *words]
-        named = []
-        for before, word in zip(previous, [*words, "<end>"], strict=True):
-            marked = f"<{word}>"
-            grams = [marked[i : i + n] for n in (3, 4) for i in range(len(marked) - n + 1)]
-            named.append([f"word {word}", f"pair {before} {word}", *(f"gram {g}" for g in grams)])
-        return named
+    @property
+    def dim(self) -> int:
+        return self.config.dim
 
-    def encode(self, texts: Sequence[str]) -> Float32[np.ndarray, "b l d"]:
-        tokens = np.zeros((len(texts), self.length, self.dim), np.float32)
-        for row, text in enumerate(texts):
-            words = re.findall(r"\w+|[^\w\s]", clean(text).lower())[: self.length - 1]
-            for column, features in enumerate(self._features(words)):
-                total = np.sum([_signs(f, self.dim) for f in features], axis=0)
-                tokens[row, column] = total / max(np.sqrt(np.mean(total**2)), 1e-6)
-        return tokens
+    @property
+    def length(self) -> int:
+        return self.config.length
+
+    def tokenize(self, texts: Sequence[str]) -> TextTokens:
+        return _stack([_hashed(self.config, text) for text in texts])
+
+    def __call__(self, tokens: TextTokens) -> Float32[Array, "b l d"]:
+        return jnp.asarray(tokens.values)
+
+    def encode(self, texts: Sequence[str]) -> Float32[Array, "b l d"]:
+        return _encode(self, self.tokenize(texts))
 
 
 def position_buckets(offset: Int[np.ndarray, "..."], config: UMT5Config) -> Int[np.ndarray, "..."]:
@@ -107,13 +170,13 @@ class RMSNorm(nnx.Module):
     """Scale to unit root mean square, in float32."""
 
     def __init__(self, config: UMT5Config, key: jax.Array):
-        self.gain = params.param(key, (config.dim,), (ax.NORM,), params.ones)
+        self.scale = params.param(key, (config.dim,), (ax.NORM,), params.ones)
         self.eps = config.eps
 
     def __call__(self, x: Float[Array, "b l d"]) -> Float[Array, "b l d"]:
         wide = x.astype(jnp.float32)
-        scale = jax.lax.rsqrt(jnp.mean(wide**2, axis=-1, keepdims=True) + self.eps)
-        return (wide * scale * self.gain).astype(x.dtype)
+        inverse = jax.lax.rsqrt(jnp.mean(wide**2, axis=-1, keepdims=True) + self.eps)
+        return (wide * inverse * gathered(self.scale)).astype(x.dtype)
 
 
 class UMT5Block(nnx.Module):
@@ -139,11 +202,11 @@ class UMT5Block(nnx.Module):
     def position_bias(self, length: int) -> Float[Array, "h l m"]:
         """The bias of every query (row) and key (column)."""
         places = np.arange(length)
-        table = self.bias[position_buckets(places[None, :] - places[:, None], self.config)]
+        table = gathered(self.bias)[position_buckets(places[None, :] - places[:, None], self.config)]
         return jnp.moveaxis(table, -1, 0).astype(jnp.float32)
 
     def __call__(self, x: Float[Array, "b l d"], mask: Bool[Array, "b l"] | None) -> Float[Array, "b l d"]:
-        use = lambda name: getattr(self, name).astype(x.dtype)
+        use = lambda name: gathered(getattr(self, name), x.dtype)
         heads = lambda y: y.reshape(*y.shape[:2], self.config.heads, self.config.head_dim)
         y = self.norm1(x)
         q, k, v = (heads(y @ use(name)) for name in ("q", "k", "v"))
@@ -173,8 +236,8 @@ class UMT5(nnx.Module):
     def __call__(
         self, ids: Int[Array, "b l"], mask: Bool[Array, "b l"] | None = None
     ) -> Float[Array, "b l d"]:
-        x = self.embedding[ids].astype(self.config.dtype)
-        x, _ = jax.lax.scan(lambda x, block: (block(x, mask), None), x, self.blocks)
+        x = constrain_batch(take_rows(self.embedding, ids).astype(self.config.dtype))
+        x, _ = jax.lax.scan(lambda x, block: (constrain_batch(block(x, mask)), None), x, self.blocks)
         return self.norm(x)
 
 
@@ -199,23 +262,42 @@ def load_tokenizer(path: str | pathlib.Path, length: int) -> tokenizers.Tokenize
     return tokenizer
 
 
+@functools.lru_cache(CACHED_TEXTS)
+def _ids(tokenizer: tokenizers.Tokenizer, text: str) -> tuple[Int32[np.ndarray, "l"], Bool[np.ndarray, "l"]]:
+    found = tokenizer.encode(clean(text))
+    return np.array(found.ids, np.int32), np.array(found.attention_mask, bool)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class UMT5Encoder:
-    """The published text encoder: tokenizer and network; rows past the end of a text are zero."""
+    """The published text encoder.
 
-    def __init__(self, model: UMT5, tokenizer: tokenizers.Tokenizer):
-        self.dim = model.config.dim
-        self.length = model.config.length
-        self._model = model
-        self._tokenizer = tokenizer
-        self._forward = jax.jit(encode_tokens)
+    Attributes:
+      model: the network; may be abstract. tokenizer: of `load_tokenizer`, for `model.config.length` tokens.
+    """
 
-    def encode(self, texts: Sequence[str]) -> Float32[np.ndarray, "b l d"]:
-        encoded = self._tokenizer.encode_batch([clean(text) for text in texts])
-        ids = np.array([e.ids for e in encoded], np.int32)
-        mask = np.array([e.attention_mask for e in encoded], bool)
-        return np.asarray(self._forward(self._model, ids, mask))
+    model: UMT5
+    tokenizer: tokenizers.Tokenizer = dataclasses.field(metadata={"static": True})
 
+    @property
+    def config(self) -> UMT5Config:
+        return self.model.config
 
-def encode_tokens(model: UMT5, ids: Int[Array, "b l"], mask: Bool[Array, "b l"]) -> Float32[Array, "b l d"]:
-    """The network's output with the padding set to zero."""
-    return jnp.where(mask[..., None], model(ids, mask), 0).astype(jnp.float32)
+    @property
+    def dim(self) -> int:
+        return self.config.dim
+
+    @property
+    def length(self) -> int:
+        return self.config.length
+
+    def tokenize(self, texts: Sequence[str]) -> TextTokens:
+        return _stack([_ids(self.tokenizer, text) for text in texts])
+
+    def __call__(self, tokens: TextTokens) -> Float32[Array, "b l d"]:
+        out = self.model(tokens.values, tokens.mask)
+        return jnp.where(tokens.mask[..., None], out, 0).astype(jnp.float32)
+
+    def encode(self, texts: Sequence[str]) -> Float32[Array, "b l d"]:
+        return _encode(self, self.tokenize(texts))

@@ -11,6 +11,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
+from lingbot_jax.config import require
 from lingbot_jax.models.codec import Stream
 from lingbot_jax.models.config import VAEConfig
 from lingbot_jax.models.vae_layers import (

@@ -56,12 +56,12 @@ class RMSNorm(nnx.Module):
     """Scales each pixel's channels to unit root mean square, in float32; the norm is at least 1e-12."""
 
     def __init__(self, channels: int, key: jax.Array):
-        self.gain = params.param(key, (channels,), (ax.NORM,), params.ones)
+        self.scale = params.param(key, (channels,), (ax.NORM,), params.ones)
 
     def __call__(self, x: Frames) -> Frames:
         wide = x.astype(jnp.float32)
         norm = jnp.maximum(jnp.sqrt(jnp.sum(wide**2, -1, keepdims=True)), 1e-12)
-        return (wide / norm * (x.shape[-1] ** 0.5 * self.gain)).astype(x.dtype)
+        return (wide / norm * (x.shape[-1] ** 0.5 * self.scale)).astype(x.dtype)
 
 
 class Linear(nnx.Module):

@@ -3,6 +3,7 @@
 JAX starts and watches the processes (`jax.distributed`): a coordinator in process 0 hears a heartbeat of each.
 What is added here are the things a training job must agree on, and a clean end when a process is gone:
 
+    a mistake of the user -> found by any process at the start, it ends all with the same line (`agree_on_errors`)
     a process is killed  -> its peers fail in the next collective (gloo: at once), which `guard` turns into one line
                             and exit code 75
     a process hangs      -> JAX misses its heartbeat after `HEARTBEAT` seconds, says so and aborts its peers (SIGABRT,
@@ -13,6 +14,7 @@ What is added here are the things a training job must agree on, and a clean end 
 
 import contextlib
 import faulthandler
+import json
 import os
 import signal
 import sys
@@ -25,13 +27,14 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from lingbot_jax.config import require
-from lingbot_jax.parallel.mesh import BATCH_AXES, SEQ
+from lingbot_jax.config import ConfigError, require
+from lingbot_jax.parallel.mesh import BATCH_AXES
 from lingbot_jax.parallel.sharding import batch_sharding, check_divides
 
 T = TypeVar("T")
 
 HEARTBEAT = 30  # seconds without a sign of life after which a process counts as lost
+MESSAGE = 2048  # bytes of an error that are told to other processes
 LOST = 75  # exit code EX_TEMPFAIL: run the same command again
 
 
@@ -63,66 +66,91 @@ def initialize(
     )
 
 
-def data_parts(mesh: Mesh) -> list[set[int]]:
-    """The processes that load each part of a batch, in the order of the parts.
-
-    Processes whose devices differ in `seq` alone work on the same samples and load the same part.
-
-    Raises:
-      ConfigError: the processes do not divide the batch axes evenly.
-    """
-    grid = mesh.devices.reshape(-1, mesh.shape[SEQ])  # [row of the batch, seq]
-    rows: dict[int, set[int]] = {}
-    for row, devices in enumerate(grid):
-        for device in devices:
-            rows.setdefault(device.process_index, set()).add(row)
-    groups = sorted({tuple(sorted(r)) for r in rows.values()})
-    even = len({len(g) for g in groups}) == 1 and sum(len(g) for g in groups) == len(grid)
-    require(
-        even,
-        "mesh",
-        tuple(mesh.shape.values()),
-        f"data x fsdp = {len(grid)} rows of a batch do not divide evenly over {len(rows)} processes",
-    )
-    return [{process for process, r in rows.items() if tuple(sorted(r)) == group} for group in groups]
-
-
-def data_shard(mesh: Mesh) -> tuple[int, int]:
-    """(index, count): which part of every batch this process loads, and how many parts there are."""
-    parts = data_parts(mesh)
-    return next(i for i, part in enumerate(parts) if jax.process_index() in part), len(parts)
-
-
-def take_shard(values: T, mesh: Mesh) -> T:
-    """This process's rows of arrays that every process made for the whole batch (random draws)."""
-    index, count = data_shard(mesh)
-
-    def rows(x):
-        check_divides("batch", len(x), BATCH_AXES, mesh)
-        size = len(x) // count
-        return x[index * size : (index + 1) * size]
-
-    return jax.tree.map(rows, values)
-
-
-def global_batch(mesh: Mesh, local: T) -> T:
-    """A batch over all processes from the rows that each has loaded (`data_shard`).
+def rows_of_process(mesh: Mesh, batch: int, process: int | None = None) -> range:
+    """The rows of a batch of `batch` that a process (None: this one) loads: all between the first and the last that
+    its devices hold. Processes whose devices differ in `seq` alone load the same rows.
 
     Raises:
-      ConfigError: the rows do not divide over data x fsdp.
+      ConfigError: the rows do not divide over data x fsdp, or the process has no device in the mesh.
     """
-    if mesh.size == 1:
-        return local
-    sharding = batch_sharding(mesh)
-    _, count = data_shard(mesh)
+    process = jax.process_index() if process is None else process
+    check_divides("config.data.batch", batch, BATCH_AXES, mesh)
+    places = batch_sharding(mesh).devices_indices_map((batch,))
+    found = [i[0].indices(batch) for device, i in places.items() if device.process_index == process]
+    require(bool(found), "config.mesh", tuple(mesh.shape.values()), f"has no device of process {process}")
+    return range(min(start for start, _, _ in found), max(stop for _, stop, _ in found))
 
-    def place(x):
-        check_divides("batch", len(x) * count, BATCH_AXES, mesh)
-        if jax.process_count() == 1:
-            return jax.device_put(x, sharding)
-        return jax.make_array_from_process_local_data(sharding, np.asarray(x))
 
-    return jax.tree.map(place, local)
+def global_array(mesh: Mesh, rows: T, batch: int) -> T:
+    """Arrays of `batch` rows over all processes from the NumPy rows (`rows_of_process`) that each has loaded."""
+    sharding, first = batch_sharding(mesh), rows_of_process(mesh, batch).start
+
+    def place(x: np.ndarray) -> jax.Array:
+        def part(index):
+            start, stop, _ = index[0].indices(batch)
+            return x[start - first : stop - first]
+
+        return jax.make_array_from_callback((batch, *x.shape[1:]), sharding, part)
+
+    return jax.tree.map(place, rows)
+
+
+def place_rows(mesh: Mesh, rows: T) -> T:
+    """As `global_array`, of rows that every process has all of. Raises ConfigError."""
+    batch = len(jax.tree.leaves(rows)[0])
+    own = rows_of_process(mesh, batch)
+    return global_array(mesh, jax.tree.map(lambda x: np.asarray(x)[own.start : own.stop], rows), batch)
+
+
+def to_host(array: jax.Array) -> np.ndarray:
+    """The whole array in every process, however it is sharded. A collective."""
+    if array.is_fully_addressable or array.is_fully_replicated:
+        return np.asarray(array)
+    return multihost_utils.process_allgather(array, tiled=True)
+
+
+def from_first(value: T) -> T:
+    """What process 0 has, in all of them: anything that JSON can say. A collective."""
+    if jax.process_count() == 1:
+        return value
+    text = np.frombuffer(json.dumps(value).encode(), np.uint8)
+    size = int(multihost_utils.broadcast_one_to_all(np.int32(len(text))))
+    mine = np.zeros(size, np.uint8)
+    mine[: min(size, len(text))] = text[:size]
+    return json.loads(bytes(multihost_utils.broadcast_one_to_all(mine)))
+
+
+@contextlib.contextmanager
+def agree_on_errors(*kinds: type[Exception]) -> Iterator[None]:
+    """Errors of any process become errors of all, before a collective could wait for the one that failed.
+
+    Every process runs the same block, without collectives in it, and then hears how it ended for the others: the
+    first error, by process, is raised in all of them, of its own type if that is one of `kinds` (ConfigError always
+    is), else as RuntimeError. Blocks may be nested: an exchange is the same at every level, and an error that has
+    been exchanged is not exchanged again.
+    """
+    kinds = (*kinds, ConfigError, RuntimeError)
+    mine = None
+    try:
+        yield
+    except Exception as error:
+        if jax.process_count() == 1 or getattr(error, "agreed", False) or _lost(error):
+            raise
+        mine = error
+    if jax.process_count() == 1:
+        return
+    record = np.zeros(1 + MESSAGE, np.uint8)  # which kind, 0 for no error; then the message
+    if mine is not None:
+        kind = next((i for i, k in enumerate(kinds) if isinstance(mine, k)), len(kinds) - 1)
+        text = str(mine) if isinstance(mine, kinds) else f"{type(mine).__name__}: {mine}"
+        said = np.frombuffer(text.encode()[:MESSAGE], np.uint8)
+        record[0], record[1 : 1 + len(said)] = kind + 1, said
+    for index, (kind, *said) in enumerate(multihost_utils.process_allgather(record)):
+        if kind:
+            text = bytes(said).rstrip(b"\0").decode(errors="ignore")
+            agreed = mine if index == jax.process_index() else kinds[kind - 1](text)
+            agreed.agreed = True
+            raise agreed
 
 
 class Stop:

@@ -49,6 +49,23 @@ def fit(height: int, width: int, area: int, multiple: int) -> tuple[int, int]:
     return fitted
 
 
+def video_size(height: int, width: int, size: str, multiple: int) -> tuple[int, int]:
+    """Height and width of the video of an image.
+
+    Args:
+      size: a name of PRESETS, or `image`: its own size, rounded down. multiple: of the sides, in pixels.
+
+    Raises:
+      ConfigError: an unknown size, or an image that is too small or too narrow.
+    """
+    if size == "image":
+        fitted = (height // multiple * multiple, width // multiple * multiple)
+        require(min(fitted) > 0, "image", f"{width}x{height}", f"must be at least {multiple}x{multiple}")
+        return fitted
+    require(size in PRESETS, "size", size, f"must be image, {', '.join(PRESETS)}")
+    return fit(height, width, PRESETS[size], multiple)
+
+
 def resize(image: UInt8[np.ndarray, "h w 3"], height: int, width: int) -> Float[np.ndarray, "H W 3"]:
     """The image scaled to [-1, 1] and resized bicubically (a = -0.75, no antialiasing), as published.
 

@@ -1,5 +1,7 @@
 """`make bench`: every module of this folder with a `run()` prints its rows; names as arguments choose some.
 
+A module with a `main(arguments)` is called alone, with options of its own: `python -m tests.bench miniature --help`.
+
 Timings are medians of ratios to something measured in the same run; nothing here is a timed test.
 """
 
@@ -15,6 +17,9 @@ def main(names: list[str]) -> None:
     found = [m.name for m in pkgutil.iter_modules(tests.bench.__path__) if m.name != "__main__"]
     modules = {name: importlib.import_module(f"tests.bench.{name}") for name in found}
     benches = {name: module for name, module in modules.items() if hasattr(module, "run")}
+    if names and hasattr(modules.get(names[0]), "main"):
+        modules[names[0]].main(names[1:])
+        return
     unknown = sorted(set(names) - set(benches))
     if unknown:
         sys.exit(f"bench: unknown {', '.join(unknown)}; choose from {', '.join(sorted(benches))}")

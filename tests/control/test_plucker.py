@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from lingbot_jax.config import ConfigError
-from lingbot_jax.control.plucker import CONTROL_CHANNELS
 from lingbot_jax.control import keyboard, plucker, poses
+from lingbot_jax.control.plucker import CONTROL_CHANNELS
 
 K = np.array([20.0, 24.0, 16.5, 7.0])  # of a 16 x 32 image
 SIZE = (16, 32)

@@ -7,12 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from lingbot_jax.control.plucker import CONTROL_CHANNELS
-from lingbot_jax.models.config import DiTConfig
 from lingbot_jax.convert.names import expand
 from lingbot_jax.convert.names_dit import dit_table
 from lingbot_jax.convert.read import Arrays, fill
 from lingbot_jax.models import params, rope
 from lingbot_jax.models.attention import Attend
+from lingbot_jax.models.config import DiTConfig
 from lingbot_jax.models.dit import Condition, WorldDiT
 from tests.golden import Case, Tolerance
 
@@ -90,10 +90,11 @@ def taps(model: WorldDiT, latents, timestep, condition: Condition) -> dict[str, 
     )
     _, time = model.time(timestep if timestep.ndim == 3 else timestep[..., None])
     found = {"context_emb": text, "e0": time}
-    x = found["block0_in"] = model.embed_latents(latents, model.embed_given(condition))
+    x = found["block0_in"] = model.embed_latents(latents, model.embed_conditioning(condition))
     for i in range(model.config.layers):
         block = jax.tree.map(lambda p: p[i], model.blocks)  # noqa: B023 - used at once
-        x, _ = block(x, time, block.prepare(text, control), table, Attend(), None)
+        own = (block.prepare_text(text), block.prepare_control(control))
+        x, _ = block(x, time, *own, table, Attend(), None)
         found["block0_out" if i == 0 else "blocklast_out"] = x
     if control is not None:
         found["cam_emb"] = control

@@ -11,16 +11,18 @@ import pytest
 
 from lingbot_jax.config import ConfigError
 from lingbot_jax.models import params
+from lingbot_jax.models.config import NgramConfig, UMT5Config
 from lingbot_jax.models.text import (
     UMT5,
     HashedNgramEncoder,
-    UMT5Config,
+    TextEncoder,
     UMT5Encoder,
     clean,
+    is_truncated,
     load_tokenizer,
     position_buckets,
 )
-from tests.convert.checkpoints import tokenizer
+from tests.convert.published import tokenizer
 
 TINY = UMT5Config(
     vocab=8,
@@ -42,9 +44,9 @@ def test_cleaning_is_the_published_one():
 
 
 def test_hashed_tokens():
-    encoder = HashedNgramEncoder(dim=256, length=5)
+    encoder = HashedNgramEncoder(NgramConfig(dim=256, length=5))
     texts = ["a red door", "a red doors", "", "one two three four five six"]
-    tokens = encoder.encode(texts)
+    tokens = np.asarray(encoder.encode(texts))
     assert tokens.shape == (4, 5, 256) and tokens.dtype == np.float32
     used = np.abs(tokens).max(-1) > 0
     np.testing.assert_array_equal(used.sum(1), [4, 4, 1, 5])  # the words and an end mark; cut to the length
@@ -52,17 +54,21 @@ def test_hashed_tokens():
     similar = lambda a, b: float(a @ b) / 256
     assert similar(tokens[0, 2], tokens[1, 2]) > 0.4 > 0.2 > abs(similar(tokens[0, 1], tokens[0, 2]))
     np.testing.assert_array_equal(tokens[0, :2], tokens[1, :2])
-    np.testing.assert_array_equal(encoder.encode(texts), tokens)
+    np.testing.assert_array_equal(is_truncated(encoder, texts), [False, False, False, True])
+    # Under jit, as an argument.
+    again = jax.jit(lambda encoder, tokens: encoder(tokens))(encoder, encoder.tokenize(texts))
+    np.testing.assert_array_equal(again, tokens)
 
 
 def test_hashed_tokens_are_the_same_in_every_process():
     code = (
-        "import hashlib; from lingbot_jax.models.text import HashedNgramEncoder as E;"
-        "print(hashlib.sha256(E(24, 4).encode(['snow falls']).tobytes()).hexdigest())"
+        "import hashlib; from lingbot_jax.models.text import HashedNgramEncoder, NgramConfig;"
+        "tokens = HashedNgramEncoder(NgramConfig(dim=24, length=4)).tokenize(['snow falls']);"
+        "print(hashlib.sha256(tokens.values.tobytes()).hexdigest())"
     )
     other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    here = hashlib.sha256(HashedNgramEncoder(24, 4).encode(["snow falls"]).tobytes()).hexdigest()
-    assert other.strip() == here
+    tokens = HashedNgramEncoder(NgramConfig(dim=24, length=4)).tokenize(["snow falls"])
+    assert other.strip() == hashlib.sha256(tokens.values.tobytes()).hexdigest()
 
 
 def test_buckets_by_hand():
@@ -76,13 +82,27 @@ def test_umt5_encodes_texts_from_a_tokenizer_file(tmp_path):
     tokenizer().save(str(path))
     model = jax.jit(lambda: UMT5(TINY, jax.random.key(0)))()
     encoder = UMT5Encoder(model, load_tokenizer(path, TINY.length))
-    assert (encoder.dim, encoder.length) == (16, 6)
-    tokens = encoder.encode(["a narrow corridor", "snow", "", "a a a a a a a a a"])
+    assert isinstance(encoder, TextEncoder) and (encoder.dim, encoder.length) == (16, 6)
+    texts = ["a narrow corridor", "snow", "", "a a a a a a a a a"]
+    tokens = np.asarray(encoder.encode(texts))
     assert tokens.shape == (4, 6, 16) and tokens.dtype == np.float32
+    np.testing.assert_array_equal(is_truncated(encoder, texts), [False, False, False, True])
     # Words and the end token; the padding is zero, and does not take part.
     np.testing.assert_array_equal((np.abs(tokens).max(-1) > 0).sum(1), [4, 2, 1, 6])
     alone = jax.jit(UMT5.__call__)(model, jnp.array([[7, 1]]), jnp.ones((1, 2), bool))
     np.testing.assert_allclose(tokens[1, :2], alone[0], atol=2e-6)
+
+
+def test_an_encoder_may_be_abstract(tmp_path):
+    """As `open_world(abstract=True)` has it: the program is traced with shapes alone."""
+    path = tmp_path / "tokenizer.json"
+    tokenizer().save(str(path))
+    model = params.abstract(lambda key: UMT5(TINY, key))
+    encoder = UMT5Encoder(model, load_tokenizer(path, TINY.length))
+    tokens = encoder.tokenize(["snow", "a door"])
+    out = jax.eval_shape(lambda encoder, tokens: encoder(tokens), encoder, tokens)
+    assert (out.shape, out.dtype) == ((2, 6, 16), jnp.float32)
+    assert not jax.tree.leaves(HashedNgramEncoder(NgramConfig()))
 
 
 def test_missing_or_foreign_tokenizer_file(tmp_path):
@@ -106,10 +126,3 @@ def test_xxl_builds_abstractly():
     ids = jax.ShapeDtypeStruct((1, 512), jnp.int32)
     out = jax.eval_shape(UMT5.__call__, model, ids, jax.ShapeDtypeStruct((1, 512), bool))
     assert (out.shape, out.dtype) == ((1, 512, 4096), jnp.bfloat16)
-
-
-def test_wrong_sizes_are_named():
-    with pytest.raises(ConfigError, match="text.layers = 0: must be positive"):
-        UMT5Config(layers=0)
-    with pytest.raises(ConfigError, match="text.buckets = 6"):
-        UMT5Config(buckets=6)

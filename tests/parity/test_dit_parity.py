@@ -5,11 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lingbot_jax.models.config import DiTConfig
 from lingbot_jax.convert.names import expand
 from lingbot_jax.convert.names_dit import diffusers_dit_table
 from lingbot_jax.convert.read import Arrays, fill
 from lingbot_jax.models import params
+from lingbot_jax.models.config import DiTConfig
 from lingbot_jax.models.dit import Condition, WorldDiT
 
 CONFIG = DiTConfig(

@@ -20,6 +20,6 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="package")
 def whole(folder):
     """The config of a run of two experts over two phases that nothing interrupted."""
-    config = micro.config(folder, "whole", expert="both")
+    config = micro.config(folder, "whole", world=micro.world_config("high", "low"))
     micro.train(config)
     return config

@@ -12,25 +12,27 @@ import jax
 import numpy as np
 
 from experiments import train as experiment
-from lingbot_jax.models.config import DiTConfig
 from lingbot_jax.control.keyboard import integrate
 from lingbot_jax.data import records, schema
-from lingbot_jax.data.loader import LoaderConfig
-from lingbot_jax.models.config import LinearCodecConfig
-from lingbot_jax.models.codec import fit_linear, save_linear
+from lingbot_jax.data.config import DataConfig
+from lingbot_jax.models.codec import fit_linear
+from lingbot_jax.models.config import DiTConfig, LinearCodecConfig, NgramConfig
+from lingbot_jax.parallel.mesh import MeshConfig, make_mesh
 from lingbot_jax.training.config import (
     CheckpointConfig,
     FlowConfig,
     OptimizerConfig,
     Phase,
-    PoseConfig,
     TaskConfig,
     TrainConfig,
 )
+from lingbot_jax.worlds.config import PoseConfig, SampleConfig, WorldConfig
+from lingbot_jax.worlds.open import open_world, write_codec
+from lingbot_jax.worlds.world import World
 
 ROOT = pathlib.Path(__file__).parents[2]
 FRAMES = 13
-MODEL = DiTConfig(
+NETWORK = DiTConfig(
     dim=32,
     layers=2,
     heads=2,
@@ -70,7 +72,7 @@ def clip(i: int, split: str) -> schema.Clip:
 
 
 def make_data(folder: pathlib.Path, clips: int = 16) -> pathlib.Path:
-    """Two train shards and one held-out shard, and `codec.safetensors` beside them."""
+    """Two train shards and one held-out shard, and the bundle `codec` beside them."""
     data = folder / "data"
     data.mkdir(parents=True)
     made = [clip(i, "train") for i in range(clips)]
@@ -80,7 +82,7 @@ def make_data(folder: pathlib.Path, clips: int = 16) -> pathlib.Path:
     held_out = [schema.encode(clip(1000 + i, "held_out")) for i in range(4)]
     records.write_shard(data / records.shard_name("held_out", 0, 1), held_out, "uncompressed")
     video = np.stack([c.frames for c in made]).astype(np.float32) / 127.5 - 1
-    save_linear(fit_linear([video], LinearCodecConfig(channels=8)), folder / "codec.safetensors")
+    write_codec(folder / "codec", fit_linear([video], LinearCodecConfig(channels=8)))
     return data
 
 
@@ -103,29 +105,50 @@ def share_compilations(folder: pathlib.Path, setenv: Callable[[str, str], None])
     return before
 
 
+def world_config(*names: str, network: DiTConfig = NETWORK, **fields: object) -> WorldConfig:
+    """The description of the tiny worlds that the tests train."""
+    small = {
+        "networks": dict.fromkeys(names or ("world",), network),
+        "codec": LinearCodecConfig(channels=network.latent_channels),
+        "text": NgramConfig(dim=network.text_dim, length=network.text_len),
+        "pose": PoseConfig(reference="first", translation="metric"),
+        "boundary": 0.7,
+        "sample": SampleConfig(steps=2),
+    }
+    return WorldConfig(**small | fields)
+
+
 def config(folder: pathlib.Path, run: str, **fields: object) -> TrainConfig:
     """A run in `folder`, of clips of 9 frames for 6 steps and of 13 frames from then on."""
     small = {
         "run": str(folder / run),
         "stage": "world",
         "steps": 12,
-        "codec": str(folder / "codec.safetensors"),
-        "model": MODEL,
-        "data": LoaderConfig(str(folder / "data"), frames=FRAMES, batch=4),
-        "pose": PoseConfig("first", "metric"),
-        "tasks": TaskConfig(max_given=2),
+        "codec": str(folder / "codec"),
+        "world": world_config(),
+        "data": DataConfig(path=str(folder / "data"), frames=FRAMES, batch=4),
+        "tasks": TaskConfig(max_conditioning_frames=2),
         "optimizer": OptimizerConfig(learning_rate=2e-3, warmup=2),
         "checkpoint": CheckpointConfig(every=4),
-        "flow": FlowConfig(shift=5.0, boundary=0.7),
-        "curriculum": (Phase(6, frames=9, batch=8, shift=3.0), Phase(100000)),
+        "flow": FlowConfig(shift=5.0),
+        "curriculum": (Phase(end_step=6, frames=9, batch=8, shift=3.0), Phase(end_step=100000)),
         "log_every": 1,
     }
     return TrainConfig(**small | fields)
 
 
+def mesh(data: int = 1, fsdp: int = 1, seq: int = 1) -> MeshConfig:
+    return MeshConfig(data=data, fsdp=fsdp, seq=seq)
+
+
 def train(config: TrainConfig) -> None:
     """As the experiment, in this process."""
     experiment.run(config)
+
+
+def opened(config: TrainConfig) -> World:
+    """The world of a run on one device."""
+    return open_world(config.run, make_mesh(mesh(), jax.devices()[:1]))
 
 
 def command(config: TrainConfig) -> list[str]:

@@ -1,66 +1,70 @@
 """The action stage trains adapters alone: no gradient, no optimiser state and no change for anything else."""
 
 import dataclasses
+import functools
 import math
+import pathlib
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lingbot_jax.models.attention import Attend
+from lingbot_jax.models import params
 from lingbot_jax.models.control import is_adapter
-from lingbot_jax.models.dit import Condition
-from lingbot_jax.training.state import abstract_state, init_state
-from lingbot_jax.training.step import Batch, make_train_step
+from lingbot_jax.parallel.mesh import make_mesh
+from lingbot_jax.training.start import objective_of
+from lingbot_jax.training.state import init_state
+from lingbot_jax.training.step import Program, make_step
+from lingbot_jax.worlds.clips import Encoded
+from lingbot_jax.worlds.condition import Camera, Conditioning
+from lingbot_jax.worlds.world import template
 from tests.training import micro
 
 # Wide feed-forward layers: parameters outweigh activations, so a gradient buffer cannot hide among them.
-MODEL = dataclasses.replace(micro.MODEL, ffn=16384, layers=1)
+NETWORK = dataclasses.replace(micro.NETWORK, ffn=16384, layers=1)
 STEPS = 3
+NULL = jnp.zeros((1, NETWORK.text_len, NETWORK.text_dim))
 
 
-def batch() -> Batch:
+def batch() -> Encoded:
     rng = np.random.default_rng(0)
     make = lambda *shape: jnp.float32(rng.normal(size=(1, *shape)))
     video = (2, 2, 2)  # two tokens
-    condition = Condition(
-        text=make(MODEL.text_len, MODEL.text_dim),
-        control=make(*video, MODEL.control_channels),
-        mask=make(*video, MODEL.mask_channels),
-        image=make(*video, MODEL.latent_channels),
-    )
-    return Batch(make(*video, MODEL.latent_channels), condition)
+    camera = Camera(jnp.tile(jnp.eye(4), (1, 2, 1, 1)), jnp.full((1, 1, 4), 8.0), make(2, 4))
+    conditioning = Conditioning(make(*video, NETWORK.mask_channels), make(*video, NETWORK.latent_channels))
+    text = make(NETWORK.text_len, NETWORK.text_dim)
+    return Encoded(make(*video, NETWORK.latent_channels), text, camera, conditioning)
 
 
-@pytest.fixture(scope="module")
-def compiled(tmp_path_factory):
-    """Each stage's config and its compiled step."""
-    made = {}
-    for stage in ("world", "action"):
-        config = micro.config(
-            tmp_path_factory.mktemp("unused"), "run", stage=stage, model=MODEL, curriculum=()
-        )
-        step = jax.jit(make_train_step(config, Attend()), donate_argnums=0)
-        made[stage] = config, step.lower(abstract_state(config), batch()).compile()
-    return made
+@functools.cache
+def program(stage: str) -> tuple[Program, object]:
+    """Each stage's step, and what it is compiled to."""
+    world = micro.world_config(network=NETWORK)
+    config = micro.config(pathlib.Path("unused"), "run", stage=stage, world=world, curriculum=())
+    mesh = make_mesh(micro.mesh(), jax.devices()[:1])
+    objective = objective_of(config)
+    made = make_step(objective, config, mesh, objective.updates(0), jax.eval_shape(batch))
+    return made, made.lower().compile()
 
 
 def nbytes(tree) -> int:
     return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
-def test_frozen_parameters_have_no_optimiser_state_and_no_gradient_buffers(compiled):
-    config, _ = compiled["action"]
-    state = abstract_state(config)
-    assert state.trainable and all(is_adapter(tuple(p.split(".")), None) for p in state.trainable)
-    assert state.frozen and not any(is_adapter(tuple(p.split(".")), None) for p in state.frozen)
-    assert state.ema.keys() == state.trainable.keys()
-    adapters, frozen = nbytes(state.trainable), nbytes(state.frozen)
-    assert adapters < 0.1 * frozen
+def split(arrays: dict) -> tuple[dict, dict]:
+    adapters = {path: leaf for path, leaf in arrays.items() if is_adapter(path)}
+    return adapters, {path: leaf for path, leaf in arrays.items() if path not in adapters}
 
-    world, action = (compiled[stage][1].memory_analysis() for stage in ("world", "action"))
-    inputs = nbytes(batch()) + 1024  # and counters
+
+def test_frozen_parameters_have_no_optimiser_state_and_no_gradient_buffers():
+    state = program("action")[0].args[0]
+    adapters, frozen = split(state.params["world"])
+    assert adapters and frozen and state.ema["world"].keys() == adapters.keys()
+    adapters, frozen = nbytes(adapters), nbytes(frozen)
+    assert adapters < 0.1 * frozen
+    world, action = (program(stage)[1].memory_analysis() for stage in ("world", "action"))
+    inputs = nbytes(batch()) + nbytes(NULL) + 1024  # and counters
     # Parameters, EMA and two moments of everything; in stage action three of the four of adapters only.
     assert 0 <= world.argument_size_in_bytes - 4 * (adapters + frozen) < inputs
     assert 0 <= action.argument_size_in_bytes - (4 * adapters + frozen) < inputs
@@ -70,20 +74,30 @@ def test_frozen_parameters_have_no_optimiser_state_and_no_gradient_buffers(compi
     assert world.temp_size_in_bytes - action.temp_size_in_bytes > 0.9 * frozen
 
 
-def test_frozen_parameters_stay_bit_identical_and_adapters_move(compiled):
-    config, step = compiled["action"]
+def test_frozen_parameters_stay_bit_identical_and_adapters_move():
+    step = program("action")[0]
     rng = np.random.default_rng(1)
     # Random values everywhere: adapters begin at zero, where half of them have no gradient yet.
-    empty = abstract_state(config)
-    shapes = {path: leaf.shape for path, leaf in (empty.trainable | empty.frozen).items()}
-    arrays = {path: jnp.float32(0.1 * rng.normal(size=shape)) for path, shape in shapes.items()}
-    before = {path: np.asarray(leaf) for path, leaf in arrays.items()}
-    state = init_state(config, jax.tree.map(jnp.copy, arrays))
+    shapes = params.arrays_of(template(NETWORK))
+    before = {path: np.float32(0.1 * rng.normal(size=leaf.shape)) for path, leaf in shapes.items()}
+    trains = lambda network, path: is_adapter(path)
+    config = micro.config(
+        pathlib.Path("unused"), "run", stage="action", world=micro.world_config(network=NETWORK)
+    )
+    state = init_state(config, {"world": jax.tree.map(jnp.asarray, before)}, trains, {"world": config.steps})
     for _ in range(STEPS):
-        state, _ = step(state, batch())
-    for path, leaf in state.frozen.items():
-        np.testing.assert_array_equal(
-            np.asarray(leaf).view(np.uint32), before[path].view(np.uint32), err_msg=path
-        )
-    for path, leaf in state.trainable.items():
+        state, _ = step(state, batch(), NULL)
+    adapters, frozen = split(state.params["world"])
+    for path, leaf in frozen.items():
+        same = np.asarray(leaf).view(np.uint32) == before[path].view(np.uint32)
+        assert same.all(), path
+    for path, leaf in adapters.items():
         assert (np.asarray(leaf) != before[path]).mean() > 0.9, path
+
+
+@pytest.mark.parametrize("stage", ["world", "action"])
+def test_every_stage_reports_rate_and_norm(stage):
+    metrics = jax.tree.map(
+        lambda s: s.shape, jax.eval_shape(program(stage)[0].fn, *program(stage)[0].args)[1]
+    )
+    assert {"loss", "loss_noisy", "grad_norm", "learning_rate"} <= metrics.keys()

@@ -1,9 +1,14 @@
 """Stage `action`: the loss of stage `world`, but only the action adapters train (paper section 3.3.2)."""
 
+import dataclasses
+
 from lingbot_jax.models.control import is_adapter
-from lingbot_jax.training.config import Stage
+from lingbot_jax.training.objectives.world import WorldObjective
 
 
-def trains(stage: Stage, path: str) -> bool:
-    """Whether the parameter at a dotted path has a gradient and optimiser state in a stage."""
-    return stage != "action" or is_adapter(tuple(path.split(".")), None)
+@dataclasses.dataclass(frozen=True)
+class ActionObjective(WorldObjective):
+    """Gradients and optimiser state of the camera and key adapters alone."""
+
+    def trains(self, network: str, path: str) -> bool:
+        return is_adapter(path)

@@ -1,0 +1,61 @@
+"""Fits the latent codec of a data set on its training clips and prints its reconstruction on held-out ones.
+
+python -m experiments.fit_codec --config=experiments/configs/tiny.py:codec
+
+Writes a bundle that holds a codec and nothing else; training takes it with --config.codec. The folder appears whole
+or not at all; where it is there already, and was fitted by the same config, nothing is done.
+"""
+
+import dataclasses
+import json
+import time
+
+import jax
+import numpy as np
+from etils import epath
+
+from experiments import common
+from experiments.configs.schema import FitCodecConfig
+from lingbot_jax.data.crops import crops
+from lingbot_jax.evaluation.video import clip_psnr
+from lingbot_jax.files import whole_folder
+from lingbot_jax.models import params
+from lingbot_jax.models.codec import LinearCodec, fit_linear, to_float, to_uint8
+from lingbot_jax.worlds import storage
+from lingbot_jax.worlds.config import WorldConfig
+from lingbot_jax.worlds.open import params_folder, write_bundle_config
+from lingbot_jax.worlds.world import CODEC
+
+CONFIG = common.define_config(FitCodecConfig)
+FITTED = "fit_codec.json"  # beside bundle.json: the config that made it
+
+
+def main() -> None:
+    config = common.load(CONFIG, FitCodecConfig)
+    made = json.loads(json.dumps(dataclasses.asdict(config)))
+    there = epath.Path(config.out) / FITTED
+    if there.exists() and json.loads(there.read_text()) == made:
+        print(f"fitted before, by the same config: {config.out}")
+        return
+    start = time.monotonic()
+    with whole_folder(config.out, field="config.out") as folder:
+        training = crops(config.data, "train", config.clips)
+        codec = fit_linear((to_float(batch["frames"]) for batch in training), config.codec)
+        write(folder, codec, made)
+    print(f"fitted {config.codec.channels} channels in {time.monotonic() - start:.1f} s: {config.out}")
+
+    reconstruct = jax.jit(lambda frames: to_uint8(codec.decode(codec.encode(to_float(frames)))))
+    held_out = crops(config.data, "held_out", config.held_out)
+    psnr = np.concatenate([clip_psnr(b["frames"], np.asarray(reconstruct(b["frames"]))) for b in held_out])
+    print(f"reconstruction of {len(psnr)} held-out clips: PSNR {psnr.mean():.2f} dB")
+
+
+def write(folder: epath.Path, codec: LinearCodec, made: dict) -> None:
+    """The bundle; bundle.json last, since it marks the folder as one."""
+    storage.write(params_folder(folder, CODEC), params.arrays_of(codec))
+    (folder / FITTED).write_text(json.dumps(made, indent=2) + "\n")
+    write_bundle_config(folder, WorldConfig(codec=codec.config))
+
+
+if __name__ == "__main__":
+    common.run(main)

@@ -1,0 +1,163 @@
+"""What a run says of itself: means of its metrics, where the time goes, a trace for XProf, samples."""
+
+import contextlib
+import re
+import time
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+
+from lingbot_jax.config import ConfigError
+from lingbot_jax.models.flops import training_flops
+from lingbot_jax.parallel.chips import chip_of
+from lingbot_jax.training.config import TrainConfig
+from lingbot_jax.training.metrics import MetricsWriter, StepProgress
+from lingbot_jax.training.objectives import Mean
+
+
+class NonFiniteLoss(RuntimeError):
+    """The loss or its gradient is NaN or infinite; the message names the step and the records of the batch."""
+
+
+class Clock:
+    """Seconds of the parts of a step. Steps overlap: only one that is `measured` is waited for, part by part."""
+
+    def __init__(self, measured: bool):
+        self.seconds: dict[str, float] = {}
+        self._measured, self._last = measured, time.perf_counter()
+
+    def mark(self, part: str, dispatched: Any = None) -> None:
+        """Ends a part; its result, if it is on the devices, is waited for."""
+        if not self._measured:
+            return
+        jax.block_until_ready(dispatched)
+        now = time.perf_counter()
+        self.seconds[f"seconds_{part}"], self._last = now - self._last, now
+
+
+class Report:
+    """Reads the metrics of a step while the next one runs, and writes their means every `log_every` steps.
+
+    Beside what losses report: learning rate and gradient norm per network, seconds waiting for data, encoding and in
+    the step (of one step per line), steps and tokens per second, and on TPUs the model FLOP utilisation.
+    """
+
+    def __init__(self, config: TrainConfig, writer: MetricsWriter | None, progress: StepProgress):
+        self._config, self._writer, self._progress = config, writer, progress
+        self._sums: dict[str, np.ndarray] = {}
+        self._pending: tuple[int, Mapping[str, Mean], np.ndarray, Clock] | None = None
+        self._line: tuple[int, float] | None = None  # step and time of the last line, in this phase
+
+    def enter(self, phase: TrainConfig) -> None:
+        """A phase begins: rates are its own, and its first step compiles."""
+        t = phase.world.codec.latent_frames(phase.data.frames)
+        network, codec = phase.world.network, phase.world.codec
+        self._line, self._per_step = None, {"tokens": 0.0, "flops": 0.0}
+        if phase.size != (0, 0):
+            height, width = (s // codec.stride[1] for s in phase.size)
+            tokens = t * (height // network.patch[1]) * (width // network.patch[2])
+            flops = training_flops(network, t, height, width, adapters_only=phase.stage == "action")
+            self._per_step = {"tokens": float(phase.data.batch * tokens), "flops": phase.data.batch * flops}
+
+    def clock(self, step: int, state: Any) -> Clock:
+        """Of a step that begins; one step of each line is measured, once what was dispatched before it is done."""
+        measured = (step + 1) % self._config.log_every == 0 and self._line is not None
+        if measured:
+            jax.block_until_ready(state)
+        return Clock(measured)
+
+    def later(self, step: int, metrics: Mapping[str, Mean], records: np.ndarray, clock: Clock) -> None:
+        """Takes a dispatched step's values, and reads those of the one before."""
+        self.now()
+        self._pending = (step, metrics, records, clock)
+
+    def now(self) -> None:
+        """Reads what is pending. Raises NonFiniteLoss, in every process alike."""
+        if self._pending is None:
+            return
+        (step, metrics, records, clock), self._pending = self._pending, None
+        values = {name: np.array([mean.sum, mean.count], np.float64) for name, mean in metrics.items()}
+        # Also the gradient: a finite loss with a gradient that is not would be saved as parameters that are not.
+        for name in ("loss", "grad_norm"):
+            if not np.isfinite(values[name][0]):
+                raise NonFiniteLoss(
+                    f"{name} = {values[name][0]} at step {step}; the batch was records {', '.join(records)}; the last "
+                    "checkpoint is from before this step"
+                )
+        for name, pair in values.items():
+            self._sums[name] = self._sums.get(name, 0.0) + pair
+        if self._writer is None:
+            return
+        self._progress.update(step, values["loss"][0] / values["loss"][1])
+        if step % self._config.log_every == 0 or step == self._config.steps:
+            means = {name: float(total / count) for name, (total, count) in self._sums.items() if count > 0}
+            self._writer.write(step, means | clock.seconds | self._rates(step))
+            self._sums = {}
+        elif self._line is None:
+            self._line = (step, time.monotonic())  # the first step of a phase compiled
+
+    def _rates(self, step: int) -> dict[str, float]:
+        """Since the last line."""
+        now, line = time.monotonic(), self._line
+        self._line = (step, now)
+        if line is None:
+            return {}
+        rate = (step - line[0]) / max(now - line[1], 1e-9)
+        found = {"steps_per_second": rate}
+        if self._per_step["tokens"]:
+            found["tokens_per_second"] = rate * self._per_step["tokens"]
+            chip = chip_of(jax.devices()[0])
+            if chip is not None:
+                found["mfu"] = rate * self._per_step["flops"] / (chip.flops * jax.device_count())
+        return found
+
+    def validation(self, step: int, numbers: Mapping[str, float], videos: Mapping[str, np.ndarray]) -> None:
+        """What the evaluation value measured, and samples to look at."""
+        if self._writer is not None:
+            self._writer.write(step, {f"validation_{name}": float(value) for name, value in numbers.items()})
+            self._writer.videos(step, videos)
+        self._line = None  # its seconds are none of training's
+
+
+class Profile:
+    """Traces some steps of process 0 for XProf (TensorBoard's profile tab), into `RUN/tensorboard`.
+
+    Args:
+      steps: "100" or "100-105" (counted from 1, both included); empty: none.
+
+    Raises:
+      ConfigError: not such a range.
+    """
+
+    def __init__(self, run: str, steps: str):
+        found = re.fullmatch(r"(\d{1,9})(?:-(\d{1,9}))?", steps)
+        if steps and not (found and 0 < int(found[1]) <= int(found[2] or found[1])):
+            raise ConfigError(f"profile = {steps!r}: must be a step or a range of steps, as 100 or 100-105")
+        self._first, self._last = (int(found[1]), int(found[2] or found[1])) if steps else (0, 0)
+        self._folder, self._running = str(epath.Path(run) / "tensorboard"), False
+
+    @contextlib.contextmanager
+    def step(self, step: int) -> Iterator[None]:
+        """Around step `step`, counted from 0."""
+        if step + 1 == self._first and jax.process_index() == 0:
+            jax.profiler.start_trace(self._folder)
+            self._running = True
+        with jax.profiler.StepTraceAnnotation("train", step_num=step):
+            yield
+        if step + 1 == self._last:
+            self._stop()
+
+    def _stop(self) -> None:
+        if self._running:
+            self._running = False
+            jax.effects_barrier()
+            jax.profiler.stop_trace()
+
+    def __enter__(self) -> "Profile":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._stop()

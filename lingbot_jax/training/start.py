@@ -1,0 +1,168 @@
+"""How a run starts: what its world is and where its parameters come from."""
+
+import dataclasses
+import re
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from lingbot_jax.config import ConfigError
+from lingbot_jax.models import params
+from lingbot_jax.models.control import is_adapter
+from lingbot_jax.training.config import TrainConfig
+from lingbot_jax.training.objectives import Objective
+from lingbot_jax.training.objectives.action import ActionObjective
+from lingbot_jax.training.objectives.world import WorldObjective
+from lingbot_jax.training.state import TrainState, abstract_state, init_state, random_params
+from lingbot_jax.worlds.open import Source, find
+from lingbot_jax.worlds.world import Arrays, specs, template
+
+OBJECTIVES = {"world": WorldObjective, "action": ActionObjective}
+
+
+class Origin(NamedTuple):
+    """Where the parameters of one network come from: the network `name` of a run or a bundle."""
+
+    source: Source
+    name: str
+
+
+def objective_of(config: TrainConfig) -> Objective:
+    return OBJECTIVES[config.stage](config)
+
+
+def resolve(config: TrainConfig) -> TrainConfig:
+    """The config with its world complete: what it leaves out is read off `init` and `codec`.
+
+    Raises:
+      ConfigError: a source is not there, or says something else than the config.
+    """
+    origins = read_origins(config)
+    encoders = (
+        find(config.codec, "config.codec")
+        if config.codec is not None
+        else next(iter(origins.values())).source
+    )
+    theirs = encoders.config
+    field, where = ("codec", config.codec) if config.codec is not None else ("init", config.init)
+    if theirs.codec is None:
+        raise ConfigError(
+            f"config.{field} = {where!r}: has no codec; experiments.fit_codec and convert make one"
+        )
+    networks = config.world.networks or {
+        name: o.source.config.networks[o.name] for name, o in origins.items()
+    }
+    changes = {"networks": networks, "codec": config.world.codec or theirs.codec}
+    changes["text"] = config.world.text or theirs.text
+    if changes["text"] is None:
+        raise ConfigError(
+            f"config.world.text = None: {where} has no text encoder; describe one, as kind = 'ngram'"
+        )
+    for part in ("codec", "text"):
+        given = getattr(theirs, part)
+        if given is not None and _sizes(changes[part]) != _sizes(given):
+            raise ConfigError(f"config.world.{part} = {changes[part]}: {where} has {given}")
+    try:
+        world = dataclasses.replace(config.world, **changes)
+    except ConfigError as error:
+        raise ConfigError(f"config.world.{error}") from None
+    return dataclasses.replace(config, world=world, codec=str(encoders.path))
+
+
+def _sizes(part) -> dict:
+    """What decides whether arrays fit: all but the compute dtype."""
+    return {
+        name: value for name, value in vars(part).items() if name != "dtype" and not name.startswith("__")
+    }
+
+
+def read_origins(config: TrainConfig) -> dict[str, Origin]:
+    """The origin of every network of the run, as `init` says; none without it.
+
+    `init` is one source, whose networks start those of the same names (a network `world` starts any), or
+    NAME=SOURCE,..., where SOURCE may end in #NETWORK.
+
+    Raises:
+      ConfigError: no such source, or one that has not the network.
+    """
+    if config.init is None:
+        return {}
+    names = tuple(config.world.networks)
+    entries = [
+        re.fullmatch(r"(?:(\w+)=)?(.+?)(?:#(\w+))?", entry.strip()) for entry in config.init.split(",")
+    ]
+    if any(entry is None for entry in entries) or (len(entries) > 1 and not all(e[1] for e in entries)):
+        raise ConfigError(
+            f"config.init = {config.init!r}: must be a run or bundle, or NAME=SOURCE,NAME=SOURCE"
+        )
+    found: dict[str, Origin] = {}
+    for name, path, chosen in (entry.groups() for entry in entries):
+        source = find(path, "config.init")
+        have = tuple(source.config.networks)
+        if not have:
+            raise ConfigError(f"config.init = {path!r}: has no transformer")
+        for ours in (name,) if name else names or have:
+            theirs = chosen or (have[0] if have == ("world",) else ours)
+            if theirs not in have:
+                raise ConfigError(
+                    f"config.init = {config.init!r}: {path} has {' and '.join(have)}, not {theirs!r}; another network "
+                    f"may start {ours} if it is named: {ours}={path}#{have[0]}"
+                )
+            found[ours] = Origin(source, theirs)
+    surplus, missing = found.keys() - set(names), set(names) - found.keys()
+    if names and (surplus or missing):
+        wrong = (
+            f"nothing starts {', '.join(sorted(missing))}"
+            if missing
+            else f"this run has no {', '.join(surplus)}"
+        )
+        raise ConfigError(
+            f"config.init = {config.init!r}: {wrong}; the networks of the run are {', '.join(names)}"
+        )
+    return found
+
+
+def read_init(config: TrainConfig, mesh: Mesh) -> dict[str, Arrays]:
+    """Parameters that `init` names, in float32, each read where it belongs. Adapters may be missing.
+
+    Raises:
+      ConfigError: another model.
+    """
+    made = {}
+    for name, origin in read_origins(config).items():
+        wanted = specs(template(config.world.networks[name]), mesh, jnp.float32)
+        theirs = params.arrays_of(template(origin.source.config.networks[origin.name]))
+        where = f"config.init = {str(origin.source.path)!r}"
+        for path, leaf in theirs.items():
+            if path not in wanted:
+                raise ConfigError(
+                    f"{where}: has a parameter {path}, which config.world.networks.{name} lacks; use the "
+                    "same model"
+                )
+            if wanted[path].shape != leaf.shape:
+                raise ConfigError(
+                    f"{where}: its parameter {path} has another shape; use the same sizes in "
+                    f"config.world.networks.{name}"
+                )
+        for path in wanted.keys() - theirs.keys():
+            if not is_adapter(path):
+                raise ConfigError(f"{where}: has no parameter {path}; use the same model")
+        made[name] = origin.source.read(origin.name, {path: wanted[path] for path in theirs})
+    return made
+
+
+def fresh_state(config: TrainConfig, mesh: Mesh, objective: Objective) -> TrainState:
+    """The state a new run starts from: random, with what `init` has in its place; made where it belongs."""
+    counts = {name: objective.update_count(name) for name in config.world.networks}
+    given = read_init(config, mesh)
+    placed = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(config, mesh, objective.trains, counts))
+
+    def initial(given: dict[str, Arrays]) -> TrainState:
+        made = {name: arrays | given.get(name, {}) for name, arrays in random_params(config).items()}
+        # Copied: one source may start two experts, and the state is donated to every step.
+        return init_state(config, jax.tree.map(jnp.copy, made), objective.trains, counts)
+
+    with jax.set_mesh(mesh):
+        return jax.jit(initial, out_shardings=placed)(given)

@@ -1,0 +1,143 @@
+"""The condition of a clip: what a network is told besides the noisy latent. Made here, for training, sampling and play.
+
+Three parts come together in `make_condition`:
+
+    text           tokens of the prompt, from the world's text encoder
+    Camera         relative poses, intrinsics and actions per latent frame: small; the camera / action embedding of all
+                   pixels is unfolded from them on the device, where it is used
+    Conditioning   mask and latent of the frames that are known: the image a video starts from, or several
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from lingbot_jax.config import require
+from lingbot_jax.control import poses
+from lingbot_jax.control.keyboard import MOVEMENT
+from lingbot_jax.control.plucker import control, latent_keys
+from lingbot_jax.models.codec import Codec
+from lingbot_jax.models.config import DiTConfig
+from lingbot_jax.models.dit import Condition
+from lingbot_jax.worlds.config import PoseConfig
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Camera:
+    """Where the camera is and what is pressed, per latent frame; arrays of NumPy or JAX, float32.
+
+    Attributes:
+      poses: `b t 4 4`, camera to world, relative as the world's PoseConfig says.
+      intrinsics: `b 1 4`, fx fy cx cy in pixels of the video.
+      actions: `b t 4`, share of the latent frame for which W A S D are held, in [0, 1].
+    """
+
+    poses: Float[Array | np.ndarray, "b t 4 4"]
+    intrinsics: Float[Array | np.ndarray, "b 1 4"]
+    actions: Float[Array | np.ndarray, "b t 4"]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Conditioning:
+    """The known frames of a clip as a network sees them.
+
+    Attributes:
+      mask: `b t h w m`, 1 where a pixel frame is known; m is the codec's stride in time.
+      image: `b t h w c`, latent of the known frames followed by mid-grey ones.
+    """
+
+    mask: Float[Array, "b t h w m"]
+    image: Float[Array, "b t h w c"]
+
+    def at(self, frames: Int[Array, "n"]) -> "Conditioning":
+        """Of given latent frames; those past the end are as the last one (grey stays grey)."""
+        at = jnp.minimum(frames, self.image.shape[1] - 1)
+        return Conditioning(self.mask[:, at], self.image[:, at])
+
+
+def camera_of(
+    pose: PoseConfig,
+    stride: int,
+    c2w: Float[np.ndarray, "f 4 4"],
+    keys: Float[np.ndarray, "f 8"],
+    intrinsics: Float[np.ndarray, "f 4"],
+    unit: float | None = None,
+) -> Camera:
+    """The camera of one clip of f = stride * n + 1 video frames, without a batch axis, on the host in float64.
+
+    Args:
+      keys: row i held during the transition into frame i. intrinsics: those of the first frame count.
+      unit: world units that become 1 in translations, in place of the clip's own largest.
+    """
+    t = (len(c2w) - 1) // stride + 1
+    own = {"max_norm": "max_norm", "metric": None}[pose.translation]
+    relative = poses.relative(poses.resample(c2w, t), pose.reference, own if unit is None else unit)
+    movement = latent_keys(np.asarray(keys)[:, : len(MOVEMENT)], stride)
+    rows = (relative, np.asarray(intrinsics)[:1], movement)
+    return Camera(*(np.asarray(x, np.float32) for x in rows))
+
+
+def conditioning_frames(
+    codec: Codec, video: Float[Array, "b f H W 3"], known: Int[Array, "b"], latent_frames: int | None = None
+) -> Conditioning:
+    """Mask and latent of a clip whose first `known` latent frames are given.
+
+    Frames that are not known become mid-grey (0) before encoding, as published: the conditioning latent holds
+    nothing of the frames to be generated, though a codec's decoder sees both sides of the cut. Channel j of the
+    mask of latent i is frame m * (i - 1) + 1 + j, and the first frame's mask is repeated m times.
+
+    Args:
+      video: in [-1, 1], m * (t - 1) + 1 frames; what stands after the known ones is ignored.
+      known: latent frames known of each sample, in 0..t.
+      latent_frames: t of the clip, where the video has the known frames only.
+
+    Raises:
+      ConfigError: a number of frames that the codec cannot have, or more than the clip.
+    """
+    m, sh, sw = codec.config.stride
+    t = codec.config.latent_frames(video.shape[1])
+    if latent_frames is not None:
+        total = codec.config.video_frames(latent_frames)
+        have = video.shape[1]
+        require(have <= total, "conditioning frames", have, f"must be at most the {total} frames of the clip")
+        video = jnp.pad(video, ((0, 0), (0, total - have), (0, 0), (0, 0), (0, 0)))
+        t = latent_frames
+    batch, _, height, width = video.shape[:4]
+    known = jnp.arange(t) < known[:, None]  # b t
+    pixels = jnp.concatenate([known[:, :1], jnp.repeat(known[:, 1:], m, axis=1)], axis=1)
+    image = codec.encode(jnp.where(pixels[:, :, None, None, None], video, 0.0))
+    mask = jnp.broadcast_to(known[:, :, None, None, None], (batch, t, height // sh, width // sw, m))
+    return Conditioning(mask.astype(image.dtype), image)
+
+
+def make_condition(
+    config: DiTConfig,
+    size: tuple[int, int],
+    text: Float[Array, "b l d"],
+    camera: Camera | None,
+    conditioning: Conditioning | None,
+) -> Condition:
+    """What a network of this config is told; parts that it does not take are left out.
+
+    Args:
+      size: height and width in latent pixels.
+
+    Raises:
+      ConfigError: a part that the network needs is missing.
+    """
+    embedding = None
+    if config.control != "none":
+        require(camera is not None, "camera", None, f"control = {config.control!r} needs one")
+        actions = None if config.control == "cam" else camera.actions
+        s = config.spatial_stride
+        pixels = (size[0] * s, size[1] * s)
+        embedding = control(camera.poses, camera.intrinsics, actions, config.control, *pixels, s)
+    if not config.image_condition:
+        return Condition(text=text, control=embedding)
+    require(conditioning is not None, "conditioning", None, "an image-to-video network needs one")
+    return Condition(text=text, control=embedding, mask=conditioning.mask, image=conditioning.image)
