@@ -7,8 +7,8 @@ diffusers has no such layer), and a layout. Linear layers and norms are one row 
 import dataclasses
 from collections.abc import Iterator
 
-from lingbot_jax.models.config import DiTConfig
 from lingbot_jax.convert.names import AS_IS, LEADING_ONE, LINEAR, Entry
+from lingbot_jax.models.config import DiTConfig
 
 PATCH = "o c 1 r s -> (r s) c o"  # a 3D convolution whose time patch is 1
 CONTROL_PATCH = "o (c r s) -> (r s) c o"

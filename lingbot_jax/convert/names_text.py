@@ -1,6 +1,10 @@
 """Name tables of the umT5 encoder: the published `models_t5_umt5-xxl-enc-bf16.pth`, and transformers' folder."""
 
+import dataclasses
+
 from lingbot_jax.convert.names import AS_IS, LINEAR, Entry
+
+TIED = "encoder.embed_tokens.weight"  # the same array as shared.weight
 
 # Ours, published, transformers, layout.
 ROWS = (
@@ -36,6 +40,7 @@ def published() -> list[Entry]:
     return _table("blocks", 1)
 
 
-def transformers() -> list[Entry]:
-    """Names of transformers' `UMT5EncoderModel`."""
-    return _table("encoder.block", 2)
+def transformers(tied: bool = False) -> list[Entry]:
+    """Names of transformers' `UMT5EncoderModel`, which ties two embeddings; `tied`: only the second was saved."""
+    table = _table("encoder.block", 2)
+    return [dataclasses.replace(e, published=TIED) if tied and e.ours == "embedding" else e for e in table]

@@ -5,10 +5,10 @@ that converting never holds more than one layer of one parameter.
 """
 
 import dataclasses
-import json
+import os
 import pathlib
 from collections.abc import Mapping
-from typing import Any, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import jax.numpy as jnp
 import ml_dtypes
@@ -19,6 +19,9 @@ from safetensors import SafetensorError, safe_open
 from lingbot_jax.config import ConfigError
 from lingbot_jax.convert.names import Entry, Slot, expand, layers_of, part_names
 from lingbot_jax.models import params
+from lingbot_jax.worlds import storage
+
+SHOWN = 5  # differences that an error names
 
 # What safetensors calls the dtypes that a parameter may have.
 DTYPES = {
@@ -45,11 +48,12 @@ class Tensor:
 @runtime_checkable
 class Source(Protocol):
     """Attributes:
-    name: where it comes from, for messages. tensors: what there is.
+    name: where it comes from, for messages. tensors: what there is. metadata: texts of a safetensors file.
     """
 
     name: str
     tensors: Mapping[str, Tensor]
+    metadata: Mapping[str, str]
 
     def read(self, name: str) -> np.ndarray:
         """One tensor."""
@@ -61,6 +65,7 @@ class Arrays:
     def __init__(self, arrays: Mapping[str, np.ndarray], name: str = "arrays"):
         self.name = name
         self.tensors = {key: Tensor(array.shape, array.dtype) for key, array in arrays.items()}
+        self.metadata = {}
         self._arrays = arrays
 
     def read(self, name: str) -> np.ndarray:
@@ -78,35 +83,45 @@ class Safetensors:
         """
         self.name = str(files[0].parent if len(files) > 1 else files[0])
         self.tensors: dict[str, Tensor] = {}
+        self.metadata: dict[str, str] = {}
         self._file: dict[str, pathlib.Path] = {}
         wrong = []
         for path in files:
-            for key, tensor in _safetensors_header(path).items():
+            tensors, metadata = _safetensors_header(path)
+            for key, tensor in tensors.items():
                 if weight_map is not None and weight_map.get(key) != path.name:
                     wrong.append(f"{key} is in {path.name}, the index says {weight_map.get(key)}")
                 self.tensors[key], self._file[key] = tensor, path
+            self.metadata |= metadata
         wrong += [
             f"{key} is not in {weight_map[key]}" for key in sorted(set(weight_map or ()) - set(self.tensors))
         ]
         if wrong:
-            raise ConfigError(f"{self.name}: the index and the files disagree: {'; '.join(wrong)}")
+            raise ConfigError(f"{self.name}: the index and the files disagree: {first_few(wrong)}")
 
     def read(self, name: str) -> np.ndarray:
         with safe_open(self._file[name], framework="numpy") as file:
             return file.get_tensor(name)
 
 
-def _safetensors_header(path: pathlib.Path) -> dict[str, Tensor]:
-    if not path.is_file():
+def first_few(wrong: list[str]) -> str:
+    """The first five, and how many more there are."""
+    more = f" and {len(wrong) - SHOWN} more" if len(wrong) > SHOWN else ""
+    return "; ".join(text[:200] for text in wrong[:SHOWN]) + more
+
+
+def _safetensors_header(path: pathlib.Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    if not path.is_file():  # nor a pipe, which would be waited for
         raise ConfigError(f"{path}: no such file")
     try:
         with safe_open(path, framework="numpy") as file:
             slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118
-            return {
+            tensors = {
                 key: Tensor(tuple(s.get_shape()), DTYPES.get(s.get_dtype(), s.get_dtype()))
                 for key, s in slices.items()
             }
-    except SafetensorError as error:
+            return tensors, file.metadata() or {}
+    except (SafetensorError, OSError) as error:
         raise ConfigError(f"{path}: not a whole safetensors file ({error})") from None
 
 
@@ -118,14 +133,21 @@ def open_safetensors(folder: pathlib.Path) -> Safetensors:
     """
     indices = sorted(folder.glob("*.safetensors.index.json"))
     if len(indices) == 1:
-        weight_map = read_json(indices[0]).get("weight_map")
-        if not isinstance(weight_map, dict):
-            raise ConfigError(f"{indices[0]}: has no weight_map")
+        weight_map = storage.read_json(indices[0], "source").get("weight_map")
+        if not (isinstance(weight_map, dict) and weight_map):
+            raise ConfigError(f"{indices[0]}: weight_map must be a group of tensor names with their files")
+        for name, file in weight_map.items():
+            if not isinstance(file, str) or os.path.basename(file) != file or file in ("", ".", ".."):
+                raise ConfigError(
+                    f"{indices[0]}: weight_map.{name[:200]} = {str(file)[:200]!r}: must be the name of a file beside it"
+                )
         return Safetensors([folder / name for name in sorted(set(weight_map.values()))], weight_map)
     files = sorted(folder.glob("*.safetensors"))
     if indices or len(files) != 1:
         found = [path.name for path in indices or files]
-        raise ConfigError(f"{folder}: needs one *.safetensors.index.json or one *.safetensors; found {found}")
+        raise ConfigError(
+            f"{folder}: needs one *.safetensors.index.json or one *.safetensors; found {found[:SHOWN]}"
+        )
     return Safetensors(files)
 
 
@@ -158,6 +180,7 @@ class TorchFile:
             key: Tensor(tuple(t.shape), DTYPES[names[t.dtype]] if t.dtype in names else str(t.dtype))
             for key, t in state.items()
         }
+        self.metadata = {}
         self._state = state
         self._int16 = torch.int16
 
@@ -168,21 +191,8 @@ class TorchFile:
         return tensor.numpy()
 
 
-def read_json(path: pathlib.Path) -> dict[str, Any]:
-    """A JSON object from a file. Raises ConfigError."""
-    if not path.is_file():
-        raise ConfigError(f"{path}: no such file")
-    try:
-        value = json.loads(path.read_text())
-    except ValueError as error:
-        raise ConfigError(f"{path}: not JSON ({error})") from None
-    if not isinstance(value, dict):
-        raise ConfigError(f"{path}: not a JSON object")
-    return value
-
-
 def differences(slots: Mapping[str, Slot], source: Source) -> list[str]:
-    """Everything that keeps `source` from filling the slots: one line a tensor, all of them."""
+    """Everything that keeps `source` from filling the slots, one text per tensor."""
     found = [f"missing {name} {list(slots[name].shape)}" for name in slots if name not in source.tensors]
     for name, tensor in source.tensors.items():
         if name not in slots:
@@ -211,13 +221,13 @@ def fill(template: nnx.Module, table: list[Entry], source: Source) -> nnx.Module
       template: the module, or its abstract form (`params.abstract`).
 
     Raises:
-      ConfigError: the source does not fit; all differences, by name.
+      ConfigError: the source does not fit; the first differences, by name.
     """
     graph, state = nnx.split(template)
     shapes = {path: leaf.shape for path, leaf in params.flat_params(template).items()}
     wrong = differences(expand(table, shapes), source)
     if wrong:
-        raise ConfigError("\n  ".join([f"{source.name}: {len(wrong)} tensors do not fit:", *wrong]))
+        raise ConfigError(f"{source.name}: {len(wrong)} tensors do not fit: {first_few(wrong)}")
     by_path = {entry.ours: entry for entry in table}
     filled = []
     for path, leaf in nnx.to_flat_state(state):

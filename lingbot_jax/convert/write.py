@@ -1,201 +1,157 @@
-"""Conversion both ways: a checkpoint folder -> a bundle, and a bundle -> safetensors with published names.
+"""Writes what a source holds as a bundle, or as safetensors with published names.
 
-Everything is checked before anything is written; one error lists all tensors that do not fit. What is
-written goes to a temporary folder beside the target and is renamed when it is whole. At most one layer of
-one parameter is in memory (published -> bundle), or one shard (bundle -> published).
+Everything is checked before anything is written. What is written goes to a temporary folder beside the target and is
+renamed when it is whole. At most one layer of one parameter is in memory (to a bundle), or one shard (to published
+names), and of a run one network.
 """
 
-import contextlib
 import dataclasses
 import json
-import os
 import pathlib
-import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, Literal
 
 import jax
 import ml_dtypes
 import numpy as np
+from etils import epath
 from safetensors.numpy import save_file
 
 from lingbot_jax.config import ConfigError, require
-from lingbot_jax.models.config import DiTConfig
 from lingbot_jax.convert import names_dit, names_text, names_vae
-from lingbot_jax.convert.folders import (
-    TEXT_FILE,
-    TOKENIZER_FILES,
-    VAE_FILE,
-    Checkpoint,
-    Network,
-    parameter_shapes,
-)
+from lingbot_jax.convert.contents import Contents, Part, Read
+from lingbot_jax.convert.folders import FOLDERS, TEXT_FILE, TOKENIZER_FILES, VAE_FILE
 from lingbot_jax.convert.names import Entry, layers_of, part_names
-from lingbot_jax.convert.read import differences, read_layer
-from lingbot_jax.models.config import UMT5Config
-from lingbot_jax.models.config import VAEConfig
-from lingbot_jax.rollout.bidirectional import SampleConfig
-from lingbot_jax.rollout.causal import CausalConfig
-from lingbot_jax.serve import bundle
+from lingbot_jax.files import is_remote, whole_folder
+from lingbot_jax.models.config import DiTConfig, NgramConfig, UMT5Config, VAEConfig
+from lingbot_jax.worlds import storage
+from lingbot_jax.worlds.open import TOKENIZER, params_folder, write_bundle_config
+from lingbot_jax.worlds.world import CODEC
 
 StoredDtype = Literal["keep", "bfloat16", "float32"]
 Progress = Callable[[str, int], None]  # network, bytes written since the last call
 SHARD_BYTES = 4 << 30
-FOLDERS = {"high": "high_noise_model", "low": "low_noise_model", "world": "world_model"}
-
-
-@dataclasses.dataclass(frozen=True)
-class Plan:
-    """What will be written for one network.
-
-    Attributes:
-      network: what is read. specs: shape and dtype of our parameters by dotted path.
-      source_bytes: size of the published tensors.
-    """
-
-    network: Network
-    specs: dict[str, jax.ShapeDtypeStruct]
-    source_bytes: int
-
-    @property
-    def parameters(self) -> int:
-        return sum(int(np.prod(spec.shape)) for spec in self.specs.values())
-
-    @property
-    def nbytes(self) -> int:
-        return sum(int(np.prod(spec.shape)) * spec.dtype.itemsize for spec in self.specs.values())
-
-    def __str__(self) -> str:
-        source = self.network.source
-        dtypes = "+".join(sorted({str(t.dtype) for t in source.tensors.values()}))
-        stored = "+".join(sorted({str(spec.dtype) for spec in self.specs.values()}))
-        return (
-            f"{self.network.name}: {len(source.tensors)} {self.network.layout} tensors, {self.parameters / 1e9:.2f}B "
-            f"parameters, {dtypes} {self.source_bytes / 1e9:.2f} GB -> {len(self.specs)} parameters, "
-            f"{stored} {self.nbytes / 1e9:.2f} GB"
-        )
-
-
-def plan(checkpoint: Checkpoint, dtype: StoredDtype = "bfloat16") -> list[Plan]:
-    """Checks every tensor of a checkpoint against our models, and says what a conversion writes.
-
-    Args:
-      dtype: of the stored transformers and text encoder. The VAE keeps its own: it is small, and its
-        rounding would show in the picture.
-
-    Raises:
-      ConfigError: tensors are missing, surplus, misshapen or of a dtype that we do not read; all of them.
-    """
-    plans, wrong = [], []
-    for network in checkpoint.networks:
-        slots = network.slots()
-        found = differences(slots, network.source)
-        wrong += [f"{network.name}: {difference}" for difference in found]
-        if found:
-            continue
-        keep = dtype == "keep" or isinstance(network.config, VAEConfig)
-        specs = {}
-        for path, shape in network.shapes().items():
-            entry = next(e for e in network.table if e.ours == path)
-            first = part_names(entry, next(layers_of(entry, shape)))[0]
-            stored = network.source.tensors[first].dtype if keep else np.dtype(_DTYPES[dtype])
-            specs[path] = jax.ShapeDtypeStruct(shape, stored)
-        size = sum(tensor.nbytes for tensor in network.source.tensors.values())
-        plans.append(Plan(network, specs, size))
-    if any(network.name == "text" for network in checkpoint.networks) and checkpoint.tokenizer is None:
-        wrong.append(f"text: missing its tokenizer, {TOKENIZER_FILES[0]}")
-    if wrong:
-        raise ConfigError("\n  ".join([f"{len(wrong)} tensors or files do not fit:", *wrong]))
-    return plans
-
-
 _DTYPES: dict[str, Any] = {"bfloat16": ml_dtypes.bfloat16, "float32": np.float32}
 
 
+def cast(part: Part, dtype: StoredDtype) -> Part:
+    """The part as it is to be stored; reading it refuses what is not finite.
+
+    The codec keeps its dtype: it is small, and its rounding would show in the picture.
+    """
+    stored = {}
+    for path, spec in part.specs.items():
+        kept = dtype == "keep" or part.name == CODEC
+        stored[path] = jax.ShapeDtypeStruct(spec.shape, spec.dtype if kept else np.dtype(_DTYPES[dtype]))
+
+    def start() -> Read:
+        read = part.open()
+
+        def read_cast(path: str, layer: int | None) -> np.ndarray:
+            value = read(path, layer).astype(stored[path].dtype)
+            _check_finite(value, part.name, path, layer)
+            return value
+
+        return read_cast
+
+    return dataclasses.replace(part, specs=stored, open=start)
+
+
+def _check_finite(value: np.ndarray, network: str, path: str, layer: int | None) -> None:
+    """Raises ConfigError for NaN and infinities: all bits of the exponent are set. (ml_dtypes' own test is slow.)"""
+    words = np.ascontiguousarray(value).view(f"u{value.dtype.itemsize}")
+    exponent = np.asarray(np.inf, value.dtype).view(words.dtype)
+    if (words & exponent == exponent).any():
+        place = path if layer is None else f"layer {layer} of {path}"
+        raise ConfigError(
+            f"source: {network}: {place} holds NaN, infinities or what {value.dtype} cannot hold: it is damaged"
+        )
+
+
+def nbytes(specs: storage.Specs) -> int:
+    return sum(int(np.prod(spec.shape)) * spec.dtype.itemsize for spec in specs.values())
+
+
 def to_bundle(
-    checkpoint: Checkpoint,
-    out: str | pathlib.Path,
+    contents: Contents,
+    out: epath.PathLike,
     dtype: StoredDtype = "bfloat16",
-    progress: Progress | None = None,
+    progress: Progress = lambda name, done: None,
 ) -> None:
-    """Writes a checkpoint as a bundle (`serve.bundle`).
+    """Writes a bundle.
+
+    Args:
+      dtype: of the stored transformers and text encoder.
 
     Raises:
-      ConfigError: see `plan`; or `out` exists, or the disk is too small. Nothing is written then.
+      ConfigError: tensors do not fit, or one is not finite; or `out` exists, or the disk is too small. Nothing is left
+        behind then.
     """
-    plans = plan(checkpoint, dtype)
-    configs = {p.network.name: p.network.config for p in plans}
-    world = {name: config for name, config in configs.items() if isinstance(config, DiTConfig)}
-    manifest = bundle.Manifest(
-        world=world,
-        vae=configs.get("vae"),
-        text=configs.get("text"),
-        sample=SampleConfig() if world and not checkpoint.fast else None,
-        causal=CausalConfig() if world and checkpoint.fast else None,
-    )
-    with _whole(out, sum(p.nbytes for p in plans)) as folder:
-        for p in plans:
-            target = bundle.params_folder(folder, p.network.name)
-            target.parent.mkdir(exist_ok=True)
-            writer = bundle.ParamsWriter(target, p.specs)
-            for entry in p.network.table:
-                spec = p.specs[entry.ours]
-                for layer in layers_of(entry, spec.shape):
-                    value = read_layer(entry, layer, p.network.source).astype(spec.dtype, copy=False)
-                    writer.write(entry.ours, layer, value)
-                    if progress:
-                        progress(p.network.name, value.nbytes)
-        if checkpoint.tokenizer and "text" in configs:
-            shutil.copyfile(checkpoint.tokenizer, folder / bundle.TOKENIZER)
-        bundle.write_manifest(folder, manifest)
+    contents.check()
+    parts = [cast(part, dtype) for part in contents.parts]
+    with whole_folder(out, sum(nbytes(part.specs) for part in parts)) as folder:
+        for part in parts:
+            target = params_folder(folder, part.name)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            writer, read = storage.Writer(target, part.specs), part.open()
+            for path, layer in part.units():
+                value = read(path, layer)
+                writer.write(path, layer, value)
+                progress(part.name, value.nbytes)
+            writer.close()
+        if contents.tokenizer is not None:
+            (folder / TOKENIZER).write_bytes(contents.tokenizer.read_bytes())
+        write_bundle_config(folder, contents.config)  # last: it makes the folder a bundle
 
 
 def to_published(
-    source: str | pathlib.Path, out: str | pathlib.Path, progress: Progress | None = None
+    contents: Contents,
+    out: epath.PathLike,
+    dtype: StoredDtype = "keep",
+    progress: Progress = lambda name, done: None,
 ) -> None:
-    """Writes a bundle as a folder with the published names; safetensors in place of `.pth`.
+    """Writes a folder with the published names; safetensors in place of `.pth`.
+
+    Sizes of codec and text encoder, which the published layout has no place for, go into their files' metadata.
 
     Raises:
-      ConfigError: `source` is not a bundle, or cannot be said in published terms; `out` exists.
+      ConfigError: see `to_bundle`; or the world cannot be said in published terms.
     """
-    manifest = bundle.read_manifest(source)
-    networks = [(name, config) for name, config in manifest.world.items()]
-    networks += [(name, c) for name, c in (("vae", manifest.vae), ("text", manifest.text)) if c]
-    readers = {name: bundle.ParamsReader(bundle.params_folder(source, name)) for name, _ in networks}
-    for name, config in networks:
-        stored = {path: spec.shape for path, spec in readers[name].specs.items()}
-        require(
-            stored == parameter_shapes(config), f"bundle params/{name}", source, "does not fit bundle.json"
+    contents.check()
+    require(not is_remote(out), "out", str(out), "published folders are written to a disk")
+    if isinstance(contents.config.text, NgramConfig):
+        raise ConfigError(
+            f"source = {contents.path!r}: its text is 'ngram', and published folders know only umT5"
         )
-    size = sum(_nbytes(spec) for reader in readers.values() for spec in reader.specs.values())
-    with _whole(out, size) as folder:
-        for name, config in networks:
-            tick = (lambda done, name=name: progress(name, done)) if progress else (lambda done: None)
-            if isinstance(config, DiTConfig):
-                target = folder / FOLDERS[name]
-                target.mkdir()
-                fast = manifest.causal is not None
-                (target / "config.json").write_text(json.dumps(wan_json(config, fast), indent=2) + "\n")
-                _shards(
-                    target,
-                    "diffusion_pytorch_model",
-                    names_dit.dit_table(config),
-                    readers[name],
-                    tick,
-                    SHARD_BYTES,
-                )
+    written = [(cast(part, dtype), *_published(part, contents)) for part in contents.parts]
+    with whole_folder(out, sum(nbytes(part.specs) for part, *_ in written)) as target:
+        folder = pathlib.Path(target)
+        for part, place, table, values in written:
+            tick = lambda done, name=part.name: progress(name, done)
+            if isinstance(part.config, DiTConfig):
+                (folder / place).mkdir()
+                (folder / place / "config.json").write_text(json.dumps(values, indent=2) + "\n")
+                _shards(folder / place / "diffusion_pytorch_model", table, part, {}, tick, SHARD_BYTES)
             else:
-                stem, table = _file_of(config)
-                _shards(folder, stem, table, readers[name], tick, None)
-        if manifest.text:
-            (folder / TOKENIZER_FILES[0]).parent.mkdir(parents=True)
-            shutil.copyfile(pathlib.Path(source) / bundle.TOKENIZER, folder / TOKENIZER_FILES[0])
+                _shards(folder / place, table, part, {"config": json.dumps(values)}, tick, None)
+        if contents.tokenizer is not None:
+            tokenizer = folder / TOKENIZER_FILES[0]
+            tokenizer.parent.mkdir(parents=True)
+            tokenizer.write_bytes(contents.tokenizer.read_bytes())
 
 
-def _file_of(config: VAEConfig | UMT5Config) -> tuple[str, list[Entry]]:
-    if isinstance(config, VAEConfig):
-        return VAE_FILE, names_vae.published(config)
-    return TEXT_FILE, names_text.published()
+def _published(part: Part, contents: Contents) -> tuple[str, list[Entry], dict[str, Any]]:
+    """Where a part goes, under which names, and what its config.json or its metadata says. Raises ConfigError."""
+    if isinstance(part.config, DiTConfig):
+        values = wan_json(part.config, contents.config.causal is not None)
+        return FOLDERS[part.name], names_dit.dit_table(part.config), values
+    if isinstance(part.config, VAEConfig):
+        return VAE_FILE, names_vae.published(part.config), dataclasses.asdict(part.config)
+    if isinstance(part.config, UMT5Config):
+        return TEXT_FILE, names_text.published(), dataclasses.asdict(part.config)
+    raise ConfigError(
+        f"source = {contents.path!r}: its codec is {part.config.kind!r}, and published folders know only the Wan VAE"
+    )
 
 
 def wan_json(config: DiTConfig, fast: bool) -> dict[str, Any]:
@@ -204,9 +160,8 @@ def wan_json(config: DiTConfig, fast: bool) -> dict[str, Any]:
     Raises:
       ConfigError: a field that the published class fixes has another value.
     """
-    require(
-        config.spatial_stride == 8, "model.spatial_stride", config.spatial_stride, "the published class has 8"
-    )
+    theta = config.rope_theta
+    require(theta == 10000, "networks.rope_theta", theta, "the published class has 10000")
     values = {
         "_class_name": "WanModelFast" if fast else "WanModel",
         "model_type": "i2v" if config.image_condition else "t2v",
@@ -225,60 +180,40 @@ def wan_json(config: DiTConfig, fast: bool) -> dict[str, Any]:
     return values if config.control == "none" else values | {"control_type": config.control}
 
 
-def _nbytes(spec: jax.ShapeDtypeStruct) -> int:
-    return int(np.prod(spec.shape)) * spec.dtype.itemsize
-
-
 def _shards(
-    folder: pathlib.Path,
-    stem: str,
+    stem: pathlib.Path,
     table: list[Entry],
-    reader: bundle.ParamsReader,
+    part: Part,
+    metadata: dict[str, str],
     tick: Callable[[int], None],
     shard_bytes: int | None,
 ) -> None:
     """Writes `stem.safetensors`, or numbered shards and their index (`shard_bytes` None: never)."""
-    units = [(e, layer) for e in table for layer in layers_of(e, reader.specs[e.ours].shape)]
+    units = [(e, layer) for e in table for layer in layers_of(e, part.specs[e.ours].shape)]
     groups, room = [[]], shard_bytes
     for entry, layer in units:
-        spec = reader.specs[entry.ours]
-        size = _nbytes(spec) // (spec.shape[0] if entry.stacked else 1)
+        spec = part.specs[entry.ours]
+        size = nbytes({entry.ours: spec}) // (spec.shape[0] if entry.stacked else 1)
         if room is not None and size > room and groups[-1]:
             groups.append([])
             room = shard_bytes
         groups[-1].append((entry, layer))
         room = None if room is None else room - size
     index: dict[str, Any] = {"metadata": {"total_size": 0}, "weight_map": {}}
+    read = part.open()
     for number, group in enumerate(groups, 1):
         suffix = f"-{number:05d}-of-{len(groups):05d}" if len(groups) > 1 else ""
-        name = f"{stem}{suffix}.safetensors"
+        name = f"{stem.name}{suffix}.safetensors"
         tensors = {}
         for entry, layer in group:
-            values = entry.to_published(reader.read(entry.ours, layer))
+            values = entry.to_published(read(entry.ours, layer))
             # safetensors writes the buffer as it lies, whatever the strides say.
             tensors |= dict(zip(part_names(entry, layer), map(np.ascontiguousarray, values), strict=True))
-        save_file(tensors, folder / name, metadata={"format": "pt"})
+        save_file(tensors, stem.with_name(name), metadata={"format": "pt"} | metadata)
         written = sum(tensor.nbytes for tensor in tensors.values())
         index["metadata"]["total_size"] += written
         index["weight_map"] |= {key: name for key in tensors}
         tick(written)
     if len(groups) > 1:
-        (folder / f"{stem}.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
-
-
-@contextlib.contextmanager
-def _whole(out: str | pathlib.Path, nbytes: int) -> Iterator[pathlib.Path]:
-    """A temporary folder that becomes `out` when the block ends well, and disappears when it does not."""
-    out = pathlib.Path(out).absolute()
-    require(not out.exists(), "out", str(out), "exists; choose another folder or remove it")
-    require(out.parent.is_dir(), "out", str(out), "its parent folder does not exist")
-    free = shutil.disk_usage(out.parent).free
-    room = f"needs {nbytes / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free there"
-    require(nbytes < free, "out", str(out), room)
-    partial = out.with_name(f"{out.name}.partial-{os.getpid()}")
-    partial.mkdir()
-    try:
-        yield partial
-        partial.rename(out)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        index_file = stem.with_name(f"{stem.name}.safetensors.index.json")
+        index_file.write_text(json.dumps(index, indent=2) + "\n")

@@ -24,10 +24,10 @@ from lingbot_jax.worlds.world import template
 BF16 = ml_dtypes.bfloat16
 VAE_FILE, TEXT_FILE = "Wan2.1_VAE", "models_t5_umt5-xxl-enc-bf16"
 TOKENIZER_FILE = "google/umt5-xxl/tokenizer.json"
-WORDS = (
+_TEXT = (
     "a narrow corridor door snow an the of in on and with long dark bright corridors doors room rooms "
     "forest game first person view walks walk stone brick walls floor light lamp"
-).split()
+)
 
 Tensors = dict[str, np.ndarray]
 
@@ -159,7 +159,7 @@ def write_json(path: pathlib.Path, values: Any) -> None:
 
 def tokenizer() -> tokenizers.Tokenizer:
     """A word tokenizer with the special tokens of umT5: pad 0, end 1, unknown 2, end appended."""
-    words = ["<pad>", "</s>", "<unk>", *WORDS]
+    words = ["<pad>", "</s>", "<unk>", *_TEXT.split()]
     model = tokenizers.models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>")
     made = tokenizers.Tokenizer(model)
     made.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
