@@ -4,18 +4,19 @@ from setuptools import find_packages, setup
 
 CORE = [
     "absl-py>=2.5",
-    "chex>=0.1.92",
     "einops>=0.8.2",
     "etils[epath]>=1.15",
     "flax>=0.12.8,<0.13",
-    "jax>=0.10.2,<0.11",
+    "jax>=0.10.2,<0.13",
     "jaxtyping>=0.3.11",
     "ml-collections>=1.1",
     "numpy>=2.0",
     "optax>=0.2.8",
     "orbax-checkpoint>=0.12.8,<0.13",
+    "pydantic>=2.12,<3",
     "rich>=15",
     "safetensors>=0.8",
+    "scipy>=1.16",
     "tensorboardX>=2.6.5",
 ]
 DATA = [
@@ -42,7 +43,7 @@ setup(
     packages=find_packages(include=["lingbot_jax*", "kernels_pallas*", "experiments*"]),
     install_requires=CORE + TEXT,
     extras_require={
-        "tpu": ["jax[tpu]>=0.10.2,<0.11"],  # the libtpu that this JAX was made for
+        "tpu": ["jax[tpu]>=0.10.2,<0.13"],  # the libtpu that this JAX was made for
         "data": DATA,
         "serve": SERVE,
         "eval": EVAL,

@@ -38,7 +38,9 @@ def clips_of(config: EvaluateConfig, source: Source) -> tuple[DataConfig, tuple[
     values = {"path": chosen.path or path, "frames": chosen.frames or frames}
     for name, value in values.items():
         if value is None:
-            raise ConfigError(f"config.data.{name} = None: {config.run} is a bundle, which has no data; give one")
+            raise ConfigError(
+                f"config.data.{name} = None: {config.run} is a bundle, which has no data; give one"
+            )
     return DataConfig(batch=config.batch, **values), chosen.size or size
 
 
@@ -61,7 +63,9 @@ def write(out: pathlib.Path, measured: Measured, shown: int) -> None:
     """The result folder."""
     names = ("truth", "true_keys", "other_keys")
     out.mkdir(parents=True, exist_ok=True)
-    rows = [(f"{i} {name.replace('_', ' ')}", measured.videos[name][i]) for i in range(shown) for name in names]
+    rows = [
+        (f"{i} {name.replace('_', ' ')}", measured.videos[name][i]) for i in range(shown) for name in names
+    ]
     write_image(out / "sheet.png", contact_sheet(rows, columns=9))
     write_mp4(out / "generated.mp4", side_by_side([measured.videos[name][:shown] for name in names]), 8.0, 3)
     results = measured.numbers | {"psnr_by_frame": measured.by_frame}

@@ -36,7 +36,9 @@ def run(config: GenerateConfig) -> None:
         generate.check_prompts(plan, world.text)
         frames, (height, width) = len(plan.path), plan.first.shape[:2]
         if frames != plan.given:
-            console.print(f"{frames} frames instead of the path's {plan.given}: whole chunks of latent frames")
+            console.print(
+                f"{frames} frames instead of the path's {plan.given}: whole chunks of latent frames"
+            )
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         with Progress(*columns, console=console) as progress:
             task = progress.add_task(f"{frames} frames of {width}x{height}", total=plan.work)

@@ -88,7 +88,9 @@ def stages(root: pathlib.Path) -> list[Stage]:
     trained = {"codec": codec, "data__path": data}
     return [
         Stage("collect", "Play the game", "collect", data, config("collect", out=data)),
-        Stage("codec", "Fit the latent codec", "fit_codec", codec, config("codec", out=codec, data__path=data)),
+        Stage(
+            "codec", "Fit the latent codec", "fit_codec", codec, config("codec", out=codec, data__path=data)
+        ),
         Stage("world", "Train the world model", "train", world, config("world", run=world, **trained)),
         Stage(
             "action",

@@ -22,17 +22,17 @@ from kernels_pallas.mask import Mask, Rows
 from kernels_pallas.steps import Plan, valid_intervals
 from kernels_pallas.tiles import Tiles
 
-# Log2 of the largest exponential the bounded form may meet: 2^80, summed over 2^17 keys and times values of up
+# Log2 of the largest exponential the fixed_max form may meet: 2^80, summed over 2^17 keys and times values of up
 # to 2^VALUE_LOG2, stays below float32's 2^127; its inverse times 2^-VALUE_LOG2 stays above 2^-126.
 SCORE_LOG2, VALUE_LOG2 = 80.0, 24.0
 
 
-def bounded_is_safe(
+def fixed_max_is_safe(
     q: Float[Array, "b n h k"], k: Float[Array, "b m h k"], v: Float[Array, "b m h k"]
 ) -> Bool[Array, ""]:
     """Whether exponentials of the scores themselves, without any offset, stay inside float32.
 
-    By Cauchy and Schwarz |s| <= |q| max|k|. With RMS-normed q and k of gains a and b and head_dim 128 that is 16.3 a b
+    By Cauchy and Schwarz |s| <= |q| max|k|. With RMS-normed q and k of scales a and b and head_dim 128 that is 16.3 a b
     in log2: true up to a b = 4.9. NaN or infinite inputs are not safe.
     """
     norm = lambda x: jnp.sqrt(jnp.max(jnp.sum(jnp.square(x.astype(jnp.float32)), -1)))
@@ -47,11 +47,11 @@ def _forward(q, k, v, context, key_lengths, mask, tiles, interpret):
         functools.partial(
             flash_forward, mask=mask, form=form, interpret=interpret, tiles=getattr(tiles, form)
         )
-        for form in ("lagged", "bounded")
+        for form in ("stale_max", "fixed_max")
     ]
-    safe = bounded_is_safe(q, k, v)
+    safe = fixed_max_is_safe(q, k, v)
     if context is not None:
-        safe &= bounded_is_safe(q, context.keys, context.values)
+        safe &= fixed_max_is_safe(q, context.keys, context.values)
     run = lambda f: lambda q, k, v, context, lengths: f(q, k, v, context=context, key_lengths=lengths)
     return jax.lax.cond(safe, run(both[1]), run(both[0]), q, k, v, context, key_lengths)
 
@@ -129,8 +129,8 @@ def flash_attention(
 ) -> Float[Array, "b n h k"]:
     """softmax(q k^T / sqrt(head_dim)) v over the visible keys; a query that sees none gives zeros.
 
-    Where norms show that no exponential can leave float32 the bounded kernel runs, otherwise, inside the same call,
-    the lagged one, which is right for any finite input (`flash_forward`).
+    Where norms show that no exponential can leave float32 the fixed_max kernel runs, otherwise, inside the same call,
+    the stale_max one, which takes any scores and |v| <= 2^57 (`flash_forward` has its range).
 
     Args:
       mask: visibility of the own keys; None is full.
@@ -157,5 +157,5 @@ def flash_attention(
         context = jax.lax.stop_gradient(context)
     if tiles is None:
         keys = mask.m if context is None else context.slots
-        tiles = tiles_lib.choose(generation, n, keys, d, cached=context is not None)
+        tiles = tiles_lib.choose(generation, n, keys, cached=context is not None)
     return _attention(q, k, v, context, key_lengths, mask, tiles, interpret)

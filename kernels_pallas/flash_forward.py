@@ -10,12 +10,15 @@ keys runs over sublanes, so no lane reduction is needed, and the row sums are on
 
 Nothing in a tile waits for the tile's own maximum. Two forms differ in the offset:
 
-  bounded  no offset at all. Exact as long as no score leaves the range of float32 exponents, which
-           `flash_attention` checks (|q| max|k| bounds the scores, and norms of q and k bound that) before it
-           takes this form.
-  lagged   the maximum over the tiles before this one. A tile whose scores exceed that by more than JUMP (in log2)
-           is computed once more with its own maximum, so the result is right for any input; the first tile
-           of a row always is.
+  fixed_max  the maximum is taken to be zero: no offset at all. Exact as long as no score leaves the range of
+             float32 exponents, which `flash_attention` checks (|q| max|k| bounds the scores, and norms of q and k
+             bound that) before it takes this form.
+  stale_max  the maximum over the tiles before this one. A tile whose scores exceed that by more than JUMP (in log2)
+             is computed once more with its own maximum; the first tile of a row always is.
+
+Range of stale_max: scores in log2 within +-2^96 (they are float32: beyond 2^14 their own rounding shows), and
+max|v| <= 2^STALE_MAX_VALUE_LOG2. A tile that stays just below JUMP adds block_k <= 2^10 terms of up to 2^60 |v|
+before its sum is scaled down, and float32 ends at 2^128: larger values may give infinity or NaN.
 """
 
 import functools
@@ -33,11 +36,12 @@ from kernels_pallas.mask import Mask
 from kernels_pallas.steps import CLEAR, FIRST, LAST, MASKED, Plan, key_block, query_block
 from kernels_pallas.tiles import ForwardTiles
 
-Form = Literal["bounded", "lagged"]
+Form = Literal["fixed_max", "stale_max"]
 LOG2_E = 1.4426950408889634
-JUMP = 60.0  # log2; 2^60 times 2^17 keys times any bf16 value of ordinary size stays inside float32
+JUMP = 60.0  # log2
+STALE_MAX_VALUE_LOG2 = 57.0  # 2^57 times 2^JUMP times the 2^10 keys of a tile stays inside float32
 MOST_STEPS = 1 << 17  # of a call: half of the 1 MiB of scalar memory that v5p has
-NEVER = -1e30  # a finite "no score yet"
+MASK_VALUE = -1e30  # a finite "no score yet"
 
 NT = (((1,), (1,)), ((), ()))  # contract the last axes: x y^T
 NN = (((1,), (0,)), ((), ()))
@@ -106,7 +110,7 @@ def _kernel(*refs, plan: Plan, tiles: ForwardTiles, heads: int, scale: float, fo
     old_k_ref, old_v_ref = take(2, plan.slots > 0)
     (bounds_ref,) = take(1, plan.intervals > 0)
     out_ref, lse_ref, values_t, acc, total = take(5)
-    top, part, part_total, tile_top = take(4, form == "lagged")
+    top, part, part_total, tile_top = take(4, form == "stale_max")
     either_k, either_v = take(2, plan.slots > 0)
     bh, i = pl.program_id(0), pl.program_id(1)
     sample = bh // heads
@@ -119,8 +123,8 @@ def _kernel(*refs, plan: Plan, tiles: ForwardTiles, heads: int, scale: float, fo
     def _():
         acc[...] = jnp.zeros_like(acc)
         total[...] = jnp.zeros_like(total)
-        if form == "lagged":
-            top[...] = jnp.full_like(top, NEVER)
+        if form == "stale_max":
+            top[...] = jnp.full_like(top, MASK_VALUE)
 
     def scores(k_ref, c, masked):
         """Log2 scores of one chunk of keys, -inf where hidden."""
@@ -154,7 +158,7 @@ def _kernel(*refs, plan: Plan, tiles: ForwardTiles, heads: int, scale: float, fo
     def tile(k_ref, v_ref, masked):
         values = keep_rows(v_ref[0], left_in_array()) if masked else v_ref[0]
         values_t[...] = values.astype(jnp.float32).T.astype(values_t.dtype)
-        if form == "bounded":
+        if form == "fixed_max":
             accumulate(k_ref, masked, acc, total)
             return
         old = top[...]
@@ -215,7 +219,7 @@ def _kernel(*refs, plan: Plan, tiles: ForwardTiles, heads: int, scale: float, fo
     def _():
         sums = jnp.maximum(total[...].sum(0, keepdims=True), jnp.finfo(jnp.float32).tiny)
         out_ref[0] = (acc[...] / sums).T.astype(out_ref.dtype)
-        lse_ref[0] = jnp.log2(sums) + (top[...] if form == "lagged" else 0.0)
+        lse_ref[0] = jnp.log2(sums) + (top[...] if form == "stale_max" else 0.0)
 
 
 def flash_forward(
@@ -234,7 +238,7 @@ def flash_forward(
 
     Args:
       tiles: from `tiles.forward`.
-      form: "bounded" needs scores in the range `flash_attention.bounded_is_safe` checks.
+      form: "fixed_max" needs scores in the range `flash_attention.fixed_max_is_safe` checks.
       context, key_lengths: as in `reference.attention`.
       interpret: runs the kernel in Python, on any backend.
     """
@@ -273,7 +277,7 @@ def flash_forward(
     vmem = pltpu.VMEM
     scratch = [vmem((d, tiles.block_k), v.dtype), vmem((d, tiles.block_q), jnp.float32)]
     scratch += [vmem((8, tiles.block_q), jnp.float32)]
-    if form == "lagged":
+    if form == "stale_max":
         row = lambda sublanes: vmem((sublanes, tiles.block_q), jnp.float32)
         scratch += [row(1), row(d), row(8), row(8)]
     if limited:

@@ -17,7 +17,7 @@ A window counts its sink and its own chunk, as the published sampler does (windo
 means 6 sink frames and the 12 that end with the current chunk).
 
 A Mask is static: it is a jit-time constant, hashable, and holds no array. The kernels read `tiles`, the
-oracle reads `dense`.
+reference reads `dense`.
 """
 
 import dataclasses

@@ -1,4 +1,4 @@
-"""Attention in plain JAX: the oracle of the kernels, and the blocked form that runs on CPUs.
+"""Attention in plain JAX: the reference of the kernels, and the blocked form that runs on CPUs.
 
 `attention` is ten lines of mathematics. `blocked_attention` computes the same with memory that does not grow
 with n * m, forward and backward, and is what the models use on a CPU. XLA:CPU decides its shape:
@@ -21,7 +21,7 @@ from kernels_pallas.mask import Mask
 DENSE_TOKENS = 512  # up to here the probabilities are one array, kept for the backward pass
 TILE_FLOATS = 1 << 19  # of scores at a time beyond that: 2 MiB, which stays in the cache
 BLOCK_K = 4096  # keys of a tile at most; more are merged online
-NEVER = -1e30  # a finite bound on a row maximum: a row without any key gives zeros, not NaN
+MASK_VALUE = -1e30  # a finite bound on a row maximum: a row without any key gives zeros, not NaN
 
 
 def attention(
@@ -50,7 +50,7 @@ def attention(
         v = jnp.concatenate([context.values, v], axis=1)
     scores = jnp.einsum("bnhk,bmhk->bhnm", q, k, preferred_element_type=jnp.float32) / math.sqrt(q.shape[-1])
     scores = jnp.where(seen[:, None], scores, -jnp.inf)
-    p = jnp.exp(scores - jax.lax.stop_gradient(jnp.maximum(scores.max(-1, keepdims=True), NEVER)))
+    p = jnp.exp(scores - jax.lax.stop_gradient(jnp.maximum(scores.max(-1, keepdims=True), MASK_VALUE)))
     p = p / jnp.maximum(p.sum(-1, keepdims=True), jnp.finfo(p.dtype).tiny)
     return jnp.einsum("bhnm,bmhk->bnhk", p, v, preferred_element_type=jnp.float32).astype(q.dtype)
 
@@ -62,7 +62,7 @@ def attention(
 def _exp_scores(q, k, bias):
     """exp(s - max), max and sum over the keys of one tile; bias broadcasts to `[g n m]`."""
     s = jnp.einsum("gnk,gmk->gnm", q, k) + bias
-    top = jnp.maximum(s.max(-1, keepdims=True), NEVER)
+    top = jnp.maximum(s.max(-1, keepdims=True), MASK_VALUE)
     p = jnp.exp(s - top)
     return p, top, _positive(p.sum(-1, keepdims=True))
 
@@ -127,7 +127,7 @@ def _tiled_forward(cut, q, k, v, bias):
     def query_block(keys, q):
         row = jnp.zeros_like(q[..., :1])
         (out, top, total), _ = jax.lax.scan(
-            functools.partial(key_block, q), (jnp.zeros_like(q), row + NEVER, row), keys
+            functools.partial(key_block, q), (jnp.zeros_like(q), row + MASK_VALUE, row), keys
         )
         total = _positive(total)
         return out / total, top + jnp.log(total)

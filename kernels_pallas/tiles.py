@@ -78,8 +78,8 @@ class BackwardTiles:
 class Tiles:
     """Of one call of `flash_attention`: its two forward forms and its backward kernel."""
 
-    bounded: ForwardTiles
-    lagged: ForwardTiles
+    fixed_max: ForwardTiles
+    stale_max: ForwardTiles
     backward: BackwardTiles
 
 
@@ -89,7 +89,7 @@ def fit(length: int, block: int, multiple: int) -> int:
     return -(-length // (blocks * multiple)) * multiple
 
 
-def choose(chip: Generation, n: int, m: int, head_dim: int, cached: bool = False) -> Tiles:
+def choose(chip: Generation, n: int, m: int, cached: bool = False) -> Tiles:
     """Tiles for n queries and m keys; `cached`: there is a context, and m counts its slots."""
     limit = int(VMEM_MIB[chip] * _CLAIM) * _MIB
 
@@ -108,4 +108,4 @@ def choose(chip: Generation, n: int, m: int, head_dim: int, cached: bool = False
     # Tiles of doubled-buffered operands, scores and gradients need at most 20 MiB beside the accumulator.
     room = limit - 20 * _MIB
     backward = BackwardTiles(block_q, block_k, chunk, form, room, limit)
-    return Tiles(forward("cached" if cached else "bounded"), forward("lagged"), backward)
+    return Tiles(forward("cached" if cached else "fixed_max"), forward("stale_max"), backward)

@@ -2,13 +2,31 @@
 
 Arrays are channels-last; public signatures carry these letters in jaxtyping annotations:
 
-    b  batch                 n  query tokens           h  attention heads (or latent height beside w)
-    t  latent frames         m  key tokens             k  head dimension
-    f  video frames          d  model width            c  channels
-    h w  height, width       l  text tokens            s  denoising steps
+    b  batch                      p  tokens of a latent frame    h  attention heads
+    t  latent frames              n  query tokens (t p)          k  head dimension
+    f  video frames               m  key tokens, cached slots    d  model width
+    h w  height, width, latent    l  text tokens                 c  channels
+    H W  height, width, pixels    s  denoising steps             i o  inputs, outputs of a layer
 
-Latents are `b t h w c`, tokens `b n d`, heads `b n h k`, videos `b f h w 3`.
+`h` is the height where `w` stands beside it; `hl wl` is the latent's where both are in pixels. Latents are
+`b t h w c`, tokens `b t p d`, heads `b t p h k` or, with frames joined, `b n h k`, videos `b f H W 3`.
 """
+
+import jax
+import numpy as np
+
+
+class _NoArray(type):
+    def __instancecheck__(cls, value: object) -> bool:
+        return not isinstance(value, jax.Array | np.ndarray)
+
+
+class Placeholder(metaclass=_NoArray):
+    """What stands in the place of an array in an abstract tree or a tree of shardings, specs or None.
+
+    Fields of pytrees are `Float[Array, "..."] | Placeholder`: arrays have the shape that stands there.
+    """
+
 
 # Logical axes a parameter may carry. `parallel/sharding.py` maps them to mesh axes in one table.
 LAYERS = "layers"  # stacked blocks (the scanned axis)

@@ -7,6 +7,7 @@ when its upload has ended, and cannot rename: files are made locally and copied 
 """
 
 import contextlib
+import json
 import os
 import pathlib
 import re
@@ -14,11 +15,13 @@ import shutil
 import socket
 import tempfile
 from collections.abc import Iterator
+from typing import Any
 
 from etils import epath
 
 from lingbot_jax.config import ConfigError, require
 
+JSON_BYTES = 64 << 20  # far above any config or index
 _HOST = re.sub(r"\W", "_", socket.gethostname())
 _PARTIAL = re.compile(r"\..*\.(?P<host>\w+)-(?P<pid>\d{1,9})\.partial")
 
@@ -109,6 +112,31 @@ def whole_folder(out: epath.PathLike, nbytes: int = 0, field: str = "out") -> It
     except BaseException:
         partial.rmtree(missing_ok=True)
         raise
+
+
+def read_json(path: epath.PathLike, field: str = "") -> dict[str, Any]:
+    """A JSON object from a regular file of a size that can be meant.
+
+    Args:
+      field: the flag that the path came from, for errors.
+
+    Raises:
+      ConfigError: there is none, or it is damaged, too large or nested too deeply.
+    """
+    path, where = epath.Path(path), f"{field} = {os.fspath(path)!r}" if field else os.fspath(path)
+    if not (path.exists() if is_remote(path) else pathlib.Path(path).is_file()):  # a FIFO would hang
+        raise ConfigError(f"{where}: no such file")
+    try:
+        if path.stat().length > JSON_BYTES:
+            raise ConfigError(f"{where}: is larger than {JSON_BYTES >> 20} MiB")
+        value = json.loads(path.read_text())
+    except RecursionError:
+        raise ConfigError(f"{where}: is nested too deeply") from None
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ConfigError(f"{where}: not JSON ({' '.join(str(error).split())[:200]})") from None
+    if not isinstance(value, dict):
+        raise ConfigError(f"{where}: not a JSON object")
+    return value
 
 
 def sweep(folder: pathlib.Path) -> None:

@@ -1,14 +1,13 @@
-"""Checks the shape and dtype annotations of the world model while the tests call it.
+"""Checks the shape and dtype annotations of networks, control, diffusion, sharding and rollouts in the tests.
 
 A wrong shape then fails at the call, with the names of its axes. Must run before the modules are imported, hence a
-conftest. Modules are listed one by one, because beartype refuses protocols that are not runtime-checkable.
+conftest.
 """
 
 from jaxtyping import install_import_hook
 
-NETWORK = ("attention", "control", "dit", "experts", "layers", "rope")
-CHECKED = [f"lingbot_jax.models.{name}" for name in NETWORK] + ["lingbot_jax.control"]
+CHECKED = ("models", "control", "diffusion", "parallel", "rollout")
 
-install_import_hook(CHECKED, "beartype.beartype")
+install_import_hook([f"lingbot_jax.{name}" for name in CHECKED], "beartype.beartype")
 
 from tests.object_store import broken_bucket, bucket  # noqa: E402, F401

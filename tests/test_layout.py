@@ -6,15 +6,14 @@ import pathlib
 import re
 
 import pytest
+from lingbot_jax.rollout.bidirectional import SampleConfig
 
 from experiments.configs import schema
 from lingbot_jax import config
 from lingbot_jax.data.loader import LoaderConfig
 from lingbot_jax.diffusion.guidance import Guidance
 from lingbot_jax.engine.collect.config import CollectConfig
-from lingbot_jax.models.config import LinearCodecConfig
 from lingbot_jax.parallel.mesh import MeshConfig
-from lingbot_jax.rollout.bidirectional import SampleConfig
 from lingbot_jax.training import config as training
 
 ROOT = pathlib.Path(__file__).parents[1]

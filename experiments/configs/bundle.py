@@ -18,9 +18,18 @@ from lingbot_jax.worlds.open import find
 def get_config(argument: str = "") -> ConfigDict:
     stage, _, source = argument.partition(",")
     if stage not in ("world", "action") or not source:
-        raise ConfigError(f"config = bundle.py:{argument}: must be bundle.py:world,BUNDLE or bundle.py:action,BUNDLE")
+        raise ConfigError(
+            f"config = bundle.py:{argument}: must be bundle.py:world,BUNDLE or bundle.py:action,BUNDLE"
+        )
     world = dataclasses.asdict(find(source, "config").config)
     for network in world["networks"].values():
         network["remat"] = "full"
-    fields = {"run": "runs/bundle", "stage": stage, "steps": 1000, "init": source, "codec": source, "world": world}
+    fields = {
+        "run": "runs/bundle",
+        "stage": stage,
+        "steps": 1000,
+        "init": source,
+        "codec": source,
+        "world": world,
+    }
     return template(TrainConfig, fields | {"data": {"path": "data", "frames": 81}})

@@ -59,7 +59,9 @@ def _collect() -> ConfigDict:
 
 
 def _codec() -> ConfigDict:
-    return template(FitCodecConfig, {"out": f"{ROOT}/codec", "data": _data(), "codec": {"channels": CHANNELS}})
+    return template(
+        FitCodecConfig, {"out": f"{ROOT}/codec", "data": _data(), "codec": {"channels": CHANNELS}}
+    )
 
 
 def _train(stage: str) -> ConfigDict:

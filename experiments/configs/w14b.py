@@ -23,7 +23,9 @@ from lingbot_jax.models.config import W14B
 from lingbot_jax.training.config import TrainConfig
 
 ROOT = "runs/w14b"
-PRIOR = "bundles/wan2.2-i2v-a14b"  # of experiments.convert: transformers, VAE and text encoder (docs/convert.md)
+PRIOR = (
+    "bundles/wan2.2-i2v-a14b"  # of experiments.convert: transformers, VAE and text encoder (docs/convert.md)
+)
 
 
 def _phase(end_step: int, frames: int, batch: int, shift: float, seq: int) -> dict:
@@ -54,7 +56,9 @@ def get_config(argument: str = "world") -> ConfigDict:
     if stage == "evaluate":
         return template(EvaluateConfig, {"run": f"{ROOT}/action-{expert}", "out": f"{ROOT}/evaluation"})
     if stage not in CURRICULUM or expert not in EXPERTS:
-        raise ValueError(f"w14b.py:{argument}: choose world, action or evaluate, and one of {', '.join(EXPERTS)} after a comma")
+        raise ValueError(
+            f"w14b.py:{argument}: choose world, action or evaluate; world,low and world,both as well"
+        )
     control = {"world": "none", "action": "cam"}[stage]
     network = dataclasses.asdict(W14B) | {"control": control, "remat": "full"}
     return template(

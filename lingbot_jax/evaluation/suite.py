@@ -14,6 +14,7 @@ import jax
 import numpy as np
 from jaxtyping import UInt8
 
+from lingbot_jax import files
 from lingbot_jax.config import build, require
 from lingbot_jax.data.config import DataConfig
 from lingbot_jax.data.crops import crops, resize_crops
@@ -23,7 +24,6 @@ from lingbot_jax.models.codec import to_float, to_uint8
 from lingbot_jax.rollout.sample import pad_rows, sample_clips
 from lingbot_jax.training import curriculum
 from lingbot_jax.training.config import TrainConfig
-from lingbot_jax.worlds import storage
 from lingbot_jax.worlds.clips import prepare
 from lingbot_jax.worlds.config import SampleConfig
 from lingbot_jax.worlds.open import RUN, Source
@@ -52,7 +52,7 @@ class Measured:
 def run_config(source: Source) -> TrainConfig:
     """What a run was trained with. Raises ConfigError: a damaged file."""
     path = source.path / RUN
-    return build(TrainConfig, storage.read_json(path, "config.run"), f"{path}: config")
+    return build(TrainConfig, files.read_json(path, "config.run"), f"{path}: config")
 
 
 def held_out_clips(

@@ -17,9 +17,12 @@ from kernels_pallas.context import Context
 from kernels_pallas.mask import Mask
 from kernels_pallas.reference import blocked_attention
 from lingbot_jax import axes as ax
+from lingbot_jax.axes import Placeholder
+from lingbot_jax.config import ConfigError
 from lingbot_jax.models.config import DiTConfig
-from lingbot_jax.models.layers import Leaf, Linear, RMSNorm
+from lingbot_jax.models.layers import Linear, RMSNorm
 from lingbot_jax.models.rope import Rotary, rotate
+from lingbot_jax.parallel.sharding import platform
 
 Heads = Float[Array, "b t p h k"]
 
@@ -32,8 +35,8 @@ class KV:
     `rope.rotate` gives them any positions, absolute or relative to a window.
     """
 
-    keys: Leaf
-    values: Leaf
+    keys: Float[Array, "layers b n h k"] | Placeholder
+    values: Float[Array, "layers b n h k"] | Placeholder
 
 
 def attend_text(q: Heads, k: Float[Array, "b l h k"], v: Float[Array, "b l h k"]) -> Heads:
@@ -50,7 +53,15 @@ def attend_text(q: Heads, k: Float[Array, "b l h k"], v: Float[Array, "b l h k"]
 def attend_local(
     q: Heads, k: Heads, v: Heads, mask: Mask | None = None, context: Context | None = None
 ) -> Heads:
-    """Attention on one device in plain JAX: frames and their tokens are one sequence, frame-major."""
+    """Attention on one device in plain JAX: frames and their tokens are one sequence, frame-major.
+
+    Raises:
+      ConfigError: on a TPU, which has kernels.
+    """
+    if platform() == "tpu":
+        raise ConfigError(
+            "attend.kernel = attend_local: plain attention on a TPU; pass Attend(kernel=attention_kernel(mesh, heads))"
+        )
     flat = (x.reshape(x.shape[0], -1, *x.shape[3:]) for x in (q, k, v))
     return blocked_attention(*flat, mask, context=context).reshape(q.shape)
 
@@ -62,7 +73,8 @@ class Attend:
 
     Attributes:
       mask: of the clip's own t * p tokens in frame-major order, both as queries and keys; None: all see all.
-      context: cached keys (rotated) and values `[layers b m h k]`, seen by every query; None: none.
+      context: cached keys (rotated) and values `[layers b m h k]`, seen by every query; None: none. No gradient
+        goes into it: a cache is a constant, whatever the kernel.
       kernel: `kernel(q, k, v, mask)`, or `kernel(q, k, v, mask, context of the layer)` if there is a context,
         for `b t p h k`; returns the same shape. The default runs on one device in plain JAX.
     """
@@ -73,8 +85,9 @@ class Attend:
 
     def __call__(self, q: Heads, k: Heads, v: Heads, context: Context | None) -> Heads:
         """Attention of one layer; `context` is this layer's."""
-        cached = () if context is None else (context,)
-        return self.kernel(q, k, v, self.mask, *cached)
+        if context is None:
+            return self.kernel(q, k, v, self.mask)
+        return self.kernel(q, k, v, self.mask, jax.lax.stop_gradient(context))
 
 
 class _Projections(nnx.Module):

@@ -1,7 +1,8 @@
-"""Camera and key control: tokens from packed control, and their injection into a block (paper section 3.3.2).
+"""Camera and key control: tokens from the camera / action embedding, injected into a block (paper section 3.3.2).
 
-Packed control is `b t h w C*stride^2`: all pixels under a latent pixel as channels (`control/plucker.py` makes
-it). All parameters of this file are adapters: the action stage trains them and nothing else.
+The camera / action embedding is `b t h w C*stride^2`: all pixels under a latent pixel as channels
+(`control/plucker.py` makes it). All parameters of this file are adapters: the action stage trains them and
+nothing else.
 
 A freshly made injection has zero scale and shift layers, so that adding adapters to a trained model changes
 nothing until they are trained. Everything else is Xavier-uniform as published.

@@ -1,4 +1,4 @@
-"""WorldDiT: the velocity of noisy latents, given text, control, given frames and a noise level per frame.
+"""WorldDiT: the velocity of noisy latents, given text, control, conditioning frames and a noise level per frame.
 
 One network for training, cached generation and distillation: `attend` says what sees what, `positions` where
 the frames are in time, `precompute` takes out what does not depend on the noise level.
@@ -8,12 +8,14 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Float32, Int
 
 from kernels_pallas.context import Context
 from lingbot_jax import axes as ax
+from lingbot_jax.axes import Placeholder
 from lingbot_jax.config import require
 from lingbot_jax.models import rope
 from lingbot_jax.models.attention import KV, Attend, CrossAttention, SelfAttention
@@ -21,7 +23,6 @@ from lingbot_jax.models.config import DiTConfig
 from lingbot_jax.models.control import ControlEmbedding, ControlInjection, inject
 from lingbot_jax.models.layers import (
     LayerNorm,
-    Leaf,
     Linear,
     Mlp,
     PatchEmbedding,
@@ -33,6 +34,8 @@ from lingbot_jax.models.layers import (
 from lingbot_jax.models.params import normal, param, stack, zeros
 from lingbot_jax.parallel.sharding import constrain_tokens, gathered
 
+AnyArray = Array | np.ndarray
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -40,34 +43,36 @@ class Condition:
     """Everything the velocity depends on besides the noisy latent and its noise level.
 
     Attributes:
-      text: `b l text_dim`, zero-padded text tokens.
-      control: `b t h w control_channels`, packed control (channel = c * stride^2 + stride * row + column);
-        None: the adapters are not applied.
-      mask: `b t h w mask_channels`, one where the pixel frame is given.
-      image: `b t h w latent_channels`, latent of the given frames followed by mid-grey ones.
+      text: zero-padded text tokens.
+      control: camera / action embedding (channel = c * stride^2 + stride * row + column); None: the adapters are
+        not applied.
+      mask: one where the pixel frame is a conditioning frame.
+      image: latent of the conditioning frames followed by mid-grey ones.
         Mask and image are there if and only if the model has `image_condition`.
     """
 
-    text: Leaf
-    control: Leaf = None
-    mask: Leaf = None
-    image: Leaf = None
+    text: Float[AnyArray, "b l text_dim"] | Placeholder
+    control: Float[AnyArray, "b t h w control_channels"] | Placeholder = None
+    mask: Float[AnyArray, "b t h w mask_channels"] | Placeholder = None
+    image: Float[AnyArray, "b t h w c"] | Placeholder = None
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class LayerCondition:
-    """The condition as one block uses it; in `Prepared` with a leading axis of layers.
+class TextPart:
+    """Keys and values of the text in the cross-attention of one block, or of all of them, stacked."""
 
-    Attributes:
-      text_keys, text_values: `b l h k`.
-      scale, shift: `b t p d` of the control injection, or None.
-    """
+    keys: Float[Array, "*layers b l h k"] | Placeholder
+    values: Float[Array, "*layers b l h k"] | Placeholder
 
-    text_keys: Leaf
-    text_values: Leaf
-    scale: Leaf
-    shift: Leaf
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class ControlPart:
+    """Scale and shift of the control injection of one block, or of all of them, stacked."""
+
+    scale: Float[Array, "*layers b t p d"] | Placeholder
+    shift: Float[Array, "*layers b t p d"] | Placeholder
 
 
 @jax.tree_util.register_dataclass
@@ -76,12 +81,14 @@ class Prepared:
     """A condition after `WorldDiT.precompute`: what every denoising step would compute again.
 
     Attributes:
-      base: `b t p d` conditioning half of the patch embedding, or None without image conditioning.
-      layers: LayerCondition, stacked.
+      text: of every layer; the only part that differs between the branches of guidance.
+      control: of every layer, or None without control.
+      base: conditioning half of the patch embedding, or None without image conditioning.
     """
 
-    base: Leaf
-    layers: LayerCondition
+    text: TextPart
+    control: ControlPart | None
+    base: Float[Array, "b t p d"] | Placeholder
 
 
 class TimeEmbedding(nnx.Module):
@@ -116,16 +123,20 @@ class Block(nnx.Module):
             self.control = ControlInjection(config, keys[4])
         self.config = config
 
-    def prepare(self, text: Float[Array, "b l d"], control: Float[Array, "b t p d"] | None) -> LayerCondition:
-        """What this block needs of the embedded text and the control tokens."""
-        scale, shift = (None, None) if control is None else self.control(control)
-        return LayerCondition(*self.cross_attention.text(text), scale, shift)
+    def prepare_text(self, text: Float[Array, "b l d"]) -> TextPart:
+        """What this block needs of the embedded text."""
+        return TextPart(*self.cross_attention.text(text))
+
+    def prepare_control(self, control: Float[Array, "b t p d"] | None) -> ControlPart | None:
+        """What this block needs of the control tokens."""
+        return None if control is None else ControlPart(*self.control(control))
 
     def __call__(
         self,
         x: Float[Array, "b t p d"],
         time: Float32[Array, "b t #p 6 d"],
-        condition: LayerCondition,
+        text: TextPart,
+        control: ControlPart | None,
         table: rope.Rotary,
         attend: Attend,
         context: Context | None,
@@ -139,10 +150,10 @@ class Block(nnx.Module):
         y = (layer_norm(x, eps) * (1 + scale_a) + shift_a).astype(dtype)
         y, kv = self.self_attention(y, table, attend, context)
         x = (x + y * gate_a).astype(dtype)
-        if condition.scale is not None:
-            x = inject(x, condition.scale, condition.shift)
+        if control is not None:
+            x = inject(x, control.scale, control.shift)
         y = self.cross_norm(x).astype(dtype)
-        x = x + self.cross_attention(y, condition.text_keys, condition.text_values)
+        x = x + self.cross_attention(y, text.keys, text.values)
         y = (layer_norm(x, eps) * (1 + scale_f) + shift_f).astype(dtype)
         x = (x + self.ffn(y) * gate_f).astype(dtype)
         return x, kv
@@ -231,18 +242,18 @@ class WorldDiT(nnx.Module):
                     f"must be {expected}",
                 )
 
-    def embed_text(self, text: Float[Array, "b l c"]) -> Float[Array, "b l d"]:
+    def embed_text(self, text: Float[AnyArray, "b l c"]) -> Float[Array, "b l d"]:
         return self.text(text.astype(self.config.dtype))
 
-    def embed_control(self, control: Float[Array, "b t h w c"] | None) -> Float[Array, "b t p d"] | None:
+    def embed_control(self, control: Float[AnyArray, "b t h w c"] | None) -> Float[Array, "b t p d"] | None:
         return None if control is None else constrain_tokens(self.control(control.astype(self.config.dtype)))
 
-    def embed_given(self, condition: Condition) -> Float[Array, "b t p d"] | None:
-        """Conditioning half of the patch embedding: mask and given frames."""
+    def embed_conditioning(self, condition: Condition) -> Float[Array, "b t p d"] | None:
+        """Conditioning half of the patch embedding: mask and conditioning frames."""
         if condition.image is None:
             return None
-        given = jnp.concatenate([condition.mask, condition.image], -1).astype(self.config.dtype)
-        return self.patch.project(given, self.config.latent_channels)
+        known = jnp.concatenate([condition.mask, condition.image], -1).astype(self.config.dtype)
+        return self.patch.project(known, self.config.latent_channels)
 
     def embed_latents(
         self, latents: Float[Array, "b t h w c"], base: Float[Array, "b t p d"] | None
@@ -252,11 +263,21 @@ class WorldDiT(nnx.Module):
         return tokens if base is None else tokens + base
 
     def precompute(self, condition: Condition) -> Prepared:
-        """Everything that does not depend on the noise level: pass it in place of the condition."""
+        """Everything that does not depend on the noise level: pass it in place of the condition.
+
+        For the same clip under another text, exchange that part: the rest, by far the larger, is shared:
+        `dataclasses.replace(prepared, text=network.precompute_text(text))`.
+        """
         self._check(condition)
-        text, control = self.embed_text(condition.text), self.embed_control(condition.control)
-        _, layers = jax.lax.scan(lambda _, block: (None, block.prepare(text, control)), None, self.blocks)
-        return Prepared(self.embed_given(condition), layers)
+        control = self.embed_control(condition.control)
+        per_block = lambda _, block: (None, block.prepare_control(control))
+        controls = None if control is None else jax.lax.scan(per_block, None, self.blocks)[1]
+        return Prepared(self.precompute_text(condition.text), controls, self.embed_conditioning(condition))
+
+    def precompute_text(self, text: Float[AnyArray, "b l text_dim"]) -> TextPart:
+        """The part of `precompute` that depends on the text."""
+        embedded = self.embed_text(text)
+        return jax.lax.scan(lambda _, block: (None, block.prepare_text(embedded)), None, self.blocks)[1]
 
     def __call__(
         self,
@@ -295,11 +316,11 @@ class WorldDiT(nnx.Module):
 
         if isinstance(condition, Prepared):
             text = control = None
-            base, layers = condition.base, condition.layers
+            base, prepared = condition.base, (condition.text, condition.control)
         else:
             self._check(condition)
             text, control = self.embed_text(condition.text), self.embed_control(condition.control)
-            base, layers = self.embed_given(condition), None
+            base, prepared = self.embed_conditioning(condition), None
         if positions is None:
             positions = jnp.arange(t, dtype=jnp.int32)
         table = rope.rotary(positions, height // rows, width // columns, config.head_dim, config.rope_theta)
@@ -309,14 +330,14 @@ class WorldDiT(nnx.Module):
         def body(x, layer):
             block, prepared, cached = layer
             x = checkpoint_name(x, "block_input")
-            prepared = block.prepare(text, control) if prepared is None else prepared
+            own = (block.prepare_text(text), block.prepare_control(control)) if prepared is None else prepared
             context = None if cached is None else attend.context.layer(*cached)
-            x, kv = block(x, block_time, prepared, table, attend, context)
+            x, kv = block(x, block_time, *own, table, attend, context)
             return constrain_tokens(x), kv if return_kv else None
 
         cached = None if attend.context is None else (attend.context.keys, attend.context.values)
         x = constrain_tokens(self.embed_latents(latents, base))
-        x, kv = jax.lax.scan(_rematerialised(body, config.remat), x, (self.blocks, layers, cached))
+        x, kv = jax.lax.scan(_rematerialised(body, config.remat), x, (self.blocks, prepared, cached))
         velocity = unpatchify(self.head(x, head_time), height, width, config.patch)
         if not return_kv:
             return velocity

@@ -9,7 +9,6 @@ embeddings (set where those are made).
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,11 +20,9 @@ from jaxtyping import Array, Float, Float32
 from lingbot_jax import axes as ax
 from lingbot_jax.models.params import Initializer, ones, param, zeros
 from lingbot_jax.models.rope import cos_sin
-from lingbot_jax.parallel.sharding import gathered, linear
+from lingbot_jax.parallel.sharding import gathered, is_split, linear, matmul
 
 Activation = Callable[[jax.Array], jax.Array]
-# A field of a pytree: an array, or what stands in its place in an abstract tree or a tree of shardings.
-Leaf = Any
 
 
 def xavier(key: jax.Array, shape: Sequence[int], dtype=jnp.float32) -> jax.Array:
@@ -136,11 +133,8 @@ class PatchEmbedding(nnx.Module):
         kernel = gathered(self.kernel, x.dtype)[:, first : first + x.shape[-1]]
         kernel = kernel.reshape(-1, kernel.shape[-1])
         patches = patchify(x, self.patch)
-        if not jax.sharding.get_abstract_mesh().empty:
-            return patches @ kernel  # under a mesh p gets split: it must not be joined with other axes
-        # XLA:CPU forms the gradient of a kernel in place for one axis of tokens, with copies for three.
-        joined = patches.reshape(-1, patches.shape[-1]) @ kernel
-        return joined.reshape(*patches.shape[:-1], -1)
+        # Split over devices, p must not be joined with other axes.
+        return patches @ kernel if is_split() else matmul(patches, kernel)
 
     def __call__(self, x: Float[Array, "b t h w c"]) -> Float[Array, "b t p d"]:
         return self.project(x) + gathered(self.bias, x.dtype)

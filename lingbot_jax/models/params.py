@@ -64,12 +64,12 @@ def flat_params(module: nnx.Module) -> dict[str, nnx.Param]:
     return {".".join(str(p) for p in path): leaf for path, leaf in flat}
 
 
-def arrays_of(module: nnx.Module) -> dict[str, jax.Array]:
+def arrays_of(module: nnx.Module) -> dict[str, jax.Array | jax.ShapeDtypeStruct]:
     """Values of the parameters by dotted path; ShapeDtypeStructs of an abstract module."""
     return {path: leaf.get_value() for path, leaf in flat_params(module).items()}
 
 
-def with_arrays(template: Module, arrays: Mapping[str, jax.Array]) -> Module:
+def with_arrays(template: Module, arrays: Mapping[str, jax.Array | jax.ShapeDtypeStruct]) -> Module:
     """The module with these parameters; `template` gives the structure and may be abstract."""
     graph, state = nnx.split(template, nnx.Param)
     flat = nnx.to_flat_state(state)

@@ -29,6 +29,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Float32, Int, Int32
 
 from lingbot_jax import axes as ax
+from lingbot_jax.axes import Placeholder
 from lingbot_jax.config import ConfigError
 from lingbot_jax.models import params
 from lingbot_jax.models.config import NgramConfig, TextConfig, UMT5Config
@@ -46,8 +47,8 @@ class TextTokens:
       values: token ids `b l`, or hashed features `b l d`. mask: `b l`, False past the end of a text.
     """
 
-    values: Int32[np.ndarray | Array, "b l"] | Float32[np.ndarray | Array, "b l d"]
-    mask: Bool[np.ndarray | Array, "b l"]
+    values: Int32[np.ndarray | Array, "b l"] | Float32[np.ndarray | Array, "b l d"] | Placeholder
+    mask: Bool[np.ndarray | Array, "b l"] | Placeholder
 
 
 @runtime_checkable

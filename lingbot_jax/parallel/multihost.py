@@ -95,6 +95,20 @@ def global_array(mesh: Mesh, rows: T, batch: int) -> T:
     return jax.tree.map(place, rows)
 
 
+def place_rows(mesh: Mesh, rows: T) -> T:
+    """As `global_array`, of rows that every process has all of. Raises ConfigError."""
+    batch = len(jax.tree.leaves(rows)[0])
+    own = rows_of_process(mesh, batch)
+    return global_array(mesh, jax.tree.map(lambda x: np.asarray(x)[own.start : own.stop], rows), batch)
+
+
+def to_host(array: jax.Array) -> np.ndarray:
+    """The whole array in every process, however it is sharded. A collective."""
+    if array.is_fully_addressable or array.is_fully_replicated:
+        return np.asarray(array)
+    return multihost_utils.process_allgather(array, tiled=True)
+
+
 def from_first(value: T) -> T:
     """What process 0 has, in all of them: anything that JSON can say. A collective."""
     if jax.process_count() == 1:

@@ -1,6 +1,6 @@
 """Self-attention over tokens that are split across devices: Ulysses, ring, and the two combined.
 
-Queries, keys and values are `b t s h k` with each latent frame's tokens `s` split over the mesh axis `seq`
+Queries, keys and values are `b t p h k` with each latent frame's tokens `p` split over the mesh axis `seq`
 (see `sharding`). One number chooses the method, `ulysses` = u, the size of a group of neighbours:
 
     u = seq   Ulysses: all-to-all gives each device every token of heads / seq heads, and back
@@ -8,9 +8,9 @@ Queries, keys and values are `b t s h k` with each latent frame's tokens `s` spl
     between   Ulysses inside groups of u neighbours (a host's reach), a ring of seq / u groups beyond
 
 Because every device holds the same part of every frame, the attention mask a device sees is the same in
-every step of the ring: the global mask with all lengths divided (`stripe`). Block-causal attention is
+every step of the ring: the global mask with all lengths divided (`local_mask`). Block-causal attention is
 therefore balanced exactly, and hidden tiles are skipped by the local kernel, never by waiting for a
-neighbour. (In one piece a device, the last of 8 would have 1.7 to 1.85 times the mean: tests/parallel/
+neighbour. (In one piece per device, the last of 8 would have 1.7 to 1.85 times the mean: tests/parallel/
 test_sequence.py counts tiles.)
 
 The ring has its own backward pass: it sends the keys and values round again and their gradients with them,
@@ -35,7 +35,7 @@ from kernels_pallas.flash_attention import backward_segments, flash_attention
 from kernels_pallas.flash_forward import flash_forward
 from kernels_pallas.mask import Mask, Rows
 from kernels_pallas.reference import blocked_attention
-from lingbot_jax.config import require
+from lingbot_jax.config import ConfigError, require
 from lingbot_jax.parallel.mesh import BATCH_AXES, SEQ
 from lingbot_jax.parallel.sharding import check_divides
 
@@ -55,11 +55,11 @@ class Local(NamedTuple):
     backward: Callable[..., tuple[jax.Array, jax.Array, jax.Array]]
 
 
-def stripe(mask: Mask, frame: int, parts: int) -> Mask:
+def local_mask(mask: Mask, frame: int, parts: int) -> Mask:
     """The mask between 1/parts of every frame's queries and 1/parts of every frame's keys (any two parts).
 
     Args:
-      mask: between tokens `(t s)`, frames outermost. frame: tokens a frame s. parts: devices.
+      mask: between tokens `(t p)`, frames outermost. frame: tokens per frame p. parts: devices.
 
     Raises:
       ConfigError: a boundary of the mask lies inside a frame, so parts would differ.
@@ -67,11 +67,14 @@ def stripe(mask: Mask, frame: int, parts: int) -> Mask:
 
     def cut(edge: int) -> int:
         require(
-            edge % frame == 0, "mask", edge, f"its boundaries must be multiples of the {frame} tokens a frame"
+            edge % frame == 0,
+            "mask",
+            edge,
+            f"its boundaries must be multiples of the {frame} tokens per frame",
         )
         return edge // parts
 
-    require(frame % parts == 0, "tokens a latent frame", frame, f"must divide over {parts} devices")
+    require(frame % parts == 0, "tokens per latent frame", frame, f"must divide over {parts} devices")
     rows = tuple(
         Rows(cut(r.start), cut(r.stop), tuple((cut(a), cut(b)) for a, b in r.keys)) for r in mask.rows
     )
@@ -158,7 +161,7 @@ def ring(local: Local, mask: Mask, send: Callable[[Any], Any], steps: int) -> Ca
 
 @dataclasses.dataclass(frozen=True)
 class SequenceAttention:
-    """Attention of `b t s h k` under a mesh: a kernel for `models.attention.Attend`.
+    """Attention of `b t p h k` under a mesh: a kernel for `models.attention.Attend`.
 
     Attributes:
       mesh: with axes data, fsdp, seq.
@@ -197,16 +200,16 @@ class SequenceAttention:
 
     def __call__(
         self,
-        q: Float[Array, "b t s h k"],
-        k: Float[Array, "b t s h k"],
-        v: Float[Array, "b t s h k"],
+        q: Float[Array, "b t p h k"],
+        k: Float[Array, "b t p h k"],
+        v: Float[Array, "b t p h k"],
         mask: Mask | None,
         context: Context | None = None,
-    ) -> Float[Array, "b t s h k"]:
-        """Attention over all `t s` tokens, and over a cache.
+    ) -> Float[Array, "b t p h k"]:
+        """Attention over all `t p` tokens, and over a cache.
 
         Args:
-          mask: between the clip's tokens in the order (t s); None: all see all.
+          mask: between the clip's tokens in the order (t p); None: all see all.
           context: one layer's cached keys and values `b m h k`, kept with the heads split over seq: what
             Ulysses works on, so a cache is never moved.
 
@@ -214,9 +217,9 @@ class SequenceAttention:
           ConfigError: batch, tokens a frame or heads that do not divide, a mask with boundaries inside a frame,
             or a context where there is a ring.
         """
-        b, t, s, h, _ = q.shape
+        b, t, p, h, _ = q.shape
         require(h == self.heads, "heads", h, f"the mesh was prepared for {self.heads}")
-        check_divides("tokens a latent frame", s, (SEQ,), self.mesh)
+        check_divides("tokens per latent frame", p, (SEQ,), self.mesh)
         check_divides("batch", b, BATCH_AXES, self.mesh)
         require(
             context is None or self.rings == 1,
@@ -224,7 +227,7 @@ class SequenceAttention:
             self.ulysses,
             f"must be all {self.mesh.shape[SEQ]} devices of the seq axis where attention reads a cache",
         )
-        mask = stripe(Mask.full(t * s, t * s) if mask is None else mask, s, self.rings)
+        mask = local_mask(Mask.full(t * p, t * p) if mask is None else mask, p, self.rings)
         if self.mesh.size == 1:
             return self._per_device(mask, q, k, v, context)
         tokens = cached = PartitionSpec(BATCH_AXES, None, SEQ)  # third: a frame's tokens; a cache's heads
@@ -251,22 +254,16 @@ class SequenceAttention:
             return jax.tree.map(lambda x: jax.lax.ppermute(x, SEQ, along), tree)
 
         q, k, v = (exchange(x, 3, 2) for x in (q, k, v))  # heads apart, tokens together
-        b, t, s, h, d = q.shape
-        flat = (x.reshape(b, t * s, h, d) for x in (q, k, v))
+        b, t, p, h, d = q.shape
+        flat = (x.reshape(b, t * p, h, d) for x in (q, k, v))
         if self.rings == 1:
             out = self.local.attention(*flat, mask, context=context)
         else:
             out = ring(self.local, mask, send, self.rings)(*flat)
-        return exchange(out.reshape(b, t, s, h, d), 2, 3)
+        return exchange(out.reshape(b, t, p, h, d), 2, 3)
 
 
-def visible_tiles(mask: Mask, frame: int, devices: int, block: int) -> list[int]:
-    """Tiles of scores each of `devices` ring members computes, summed over the ring's steps."""
-    tiles = int((stripe(mask, frame, devices).tiles(block, block) > 0).sum())
-    return [tiles * devices] * devices
-
-
-# --- The local attention of CPU meshes. Plain JAX in `b h n k` order, which XLA:CPU prefers.
+# --- Attention on one device, by platform. First plain JAX, in `b h n k` order, which XLA:CPU prefers.
 
 
 def _scores(q, k, mask: Mask):
@@ -296,16 +293,24 @@ def plain_backward(q, k, v, out, lse, d_out, mask: Mask):
 PLAIN = Local(blocked_attention, plain_forward, plain_backward)
 
 
-def flash_local(device: jax.Device) -> Local:
-    """The kernels for this kind of TPU."""
-    generation = tiles.generation(device)
+def gpu_attention(q, k, v, mask: Mask, context: Context | None = None):
+    """Full attention in 16 bits by cuDNN's flash kernel, anything else as on a CPU."""
+    half = q.dtype in (jnp.bfloat16, jnp.float16)
+    if half and mask.is_full and context is None and q.shape[-1] % 8 == 0 and q.shape[-1] <= 128:
+        return jax.nn.dot_product_attention(q, k, v, implementation="cudnn")
+    return blocked_attention(q, k, v, mask, context=context)
+
+
+@functools.cache  # one value per generation: it is a static argument of jitted programs
+def flash_local(generation: tiles.Generation) -> Local:
+    """The kernels for this generation of TPUs."""
 
     def choose(q, k):
-        return tiles.choose(generation, q.shape[1], k.shape[1], q.shape[3])
+        return tiles.choose(generation, q.shape[1], k.shape[1])
 
     def forward(q, k, v, mask: Mask):
-        # The lagged form is right for any input; a log-sum-exp that is merged has no bound known beforehand.
-        return flash_forward(q, k, v, mask, choose(q, k).lagged, form="lagged")
+        # The stale_max form needs no bound on the scores; a log-sum-exp that is merged has no bound known beforehand.
+        return flash_forward(q, k, v, mask, choose(q, k).stale_max, form="stale_max")
 
     def backward(q, k, v, out, lse, d_out, mask: Mask):
         return backward_segments(q, k, v, out, lse, d_out, mask, choose(q, k).backward, None, False)
@@ -313,11 +318,26 @@ def flash_local(device: jax.Device) -> Local:
     return Local(functools.partial(flash_attention, generation=generation), forward, backward)
 
 
-def attention_kernel(mesh: Mesh, heads: int, ulysses: int = -1) -> SequenceAttention:
-    """The attention of a model with `heads` heads on this mesh: kernels on TPUs, plain JAX elsewhere.
+def local_attention(device: jax.Device) -> Local:
+    """What attends on a device of this kind: the only place that chooses.
 
     Raises:
-      ConfigError: heads that do not divide over a Ulysses group.
+      ConfigError: a TPU that the kernels have no tiles for; plain attention there would be slow in silence.
     """
-    device = mesh.devices.flat[0]
-    return SequenceAttention(mesh, heads, flash_local(device) if device.platform == "tpu" else PLAIN, ulysses)
+    if device.platform == "gpu":
+        return Local(gpu_attention, plain_forward, plain_backward)
+    if device.platform != "tpu":
+        return PLAIN
+    try:
+        return flash_local(tiles.generation(device))
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+
+
+def attention_kernel(mesh: Mesh, heads: int, ulysses: int = -1) -> SequenceAttention:
+    """The attention of a model with `heads` heads on this mesh.
+
+    Raises:
+      ConfigError: heads that do not divide over a Ulysses group, or a TPU without kernels.
+    """
+    return SequenceAttention(mesh, heads, local_attention(mesh.devices.flat[0]), ulysses)

@@ -3,24 +3,24 @@
 Parameters, their gradients and the optimiser state are sharded over `fsdp` x `seq` (ZeRO-3): no device
 holds a whole matrix between steps. A matrix is gathered, in the compute dtype, where it is used and its
 gradient is scattered again there (`linear`; `gathered` for small parameters). Activations keep batch over
-`data` x `fsdp` and the tokens *of each latent frame* over `seq`: `b t s d` with `s` split
+`data` x `fsdp` and the tokens *of each latent frame* over `seq`: `b t p d` with `p` split
 (`constrain_tokens`). So every device holds an equal part of every frame, per-frame modulation needs no
 communication, and block-causal attention is balanced by construction.
 
 Model code calls `linear`, `gathered` and `constrain_tokens` unconditionally: they read the mesh that the caller
-entered with `jax.set_mesh(mesh)`, and without one they do nothing. A module never holds a mesh.
+entered with `jax.set_mesh(mesh)`; one device has nothing to move, and there they do nothing. A module never holds a
+mesh.
 """
 
-import contextlib
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.experimental.layout import Layout, with_layout_constraint
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from lingbot_jax import axes as ax
 from lingbot_jax.config import ConfigError
@@ -74,7 +74,7 @@ def _axes_of(variable: nnx.Variable, rank: int) -> tuple[str | None, ...]:
     return (ax.LAYERS,) * (rank - len(axes)) + axes
 
 
-def check_divides(name: str, size: int, mesh_axes: tuple[str, ...], mesh: Mesh) -> None:
+def check_divides(name: str, size: int, mesh_axes: tuple[str, ...], mesh: Mesh | AbstractMesh) -> None:
     """Raises ConfigError, with the numbers, unless the mesh axes split `size` evenly."""
     unknown = [a for a in mesh_axes if a not in mesh.shape]
     if unknown:
@@ -84,39 +84,16 @@ def check_divides(name: str, size: int, mesh_axes: tuple[str, ...], mesh: Mesh) 
         raise ConfigError(f"{name}: {size} does not divide over {' x '.join(mesh_axes)} = {count} devices")
 
 
-def shardings(tree: T, mesh: Mesh, rules: Rules = PARAMETER_RULES) -> T:
+def shardings_by_path(tree: T, axes: Mapping[str, tuple[str | None, ...]], mesh: Mesh | AbstractMesh) -> T:
     """The tree with a NamedSharding for every array; works on abstract trees.
 
-    `tree` is a module, a part of one, an optimiser state or a whole training state: a leaf inside an
-    `nnx.Param` (optimisers keep that wrapper around their moments) is placed by its logical axes, any
-    other leaf (step counters) is replicated.
+    Args:
+      tree: keeps parameters in dictionaries by dotted path (`params.arrays_of`, an optimiser's state over them).
+      axes: logical axes by path (`params.logical_axes`). A leaf below a key of it is placed by these axes
+        where its rank is theirs; any other leaf (step counters) is replicated.
 
     Raises:
       ConfigError: see `spec`; also a dimension that its mesh axes do not divide, with the numbers.
-    """
-
-    def place(path, node):
-        if not isinstance(node, nnx.Variable):
-            return NamedSharding(mesh, PartitionSpec())
-
-        def leaf_sharding(leaf):
-            name = jax.tree_util.keystr(path, simple=True, separator=".")
-            parts = spec(_axes_of(node, len(leaf.shape)), rules)
-            for size, mesh_axes in zip(leaf.shape, parts, strict=True):
-                check_divides(f"{name} {tuple(leaf.shape)}", size, mesh_axes or (), mesh)
-            return NamedSharding(mesh, parts)
-
-        return jax.tree.map(leaf_sharding, node)
-
-    return jax.tree_util.tree_map_with_path(place, tree, is_leaf=lambda x: isinstance(x, nnx.Variable))
-
-
-def shardings_by_path(tree: T, axes: Mapping[str, tuple[str | None, ...]], mesh: Mesh) -> T:
-    """As `shardings` for trees that keep parameters in dictionaries by dotted path (the training state).
-
-    Args:
-      axes: logical axes by path (`params.logical_axes`). A leaf below a key of it is placed by these axes
-        where its rank is theirs; any other leaf is replicated.
     """
 
     def place(path, leaf):
@@ -140,13 +117,6 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
 
 
-def init_sharded(make: Callable[[jax.Array], T], mesh: Mesh, key: jax.Array) -> T:
-    """`make(key)` with every parameter created in its place: no device ever holds the whole model."""
-    placed = shardings(jax.eval_shape(make, key), mesh)
-    with jax.set_mesh(mesh):
-        return jax.jit(make, out_shardings=placed)(key)
-
-
 def specs(tree: T, placed: T) -> T:
     """Abstract `tree` carrying its shardings: arguments of an ahead-of-time compilation, or the template that
     a checkpoint is restored onto."""
@@ -155,13 +125,15 @@ def specs(tree: T, placed: T) -> T:
     )
 
 
-def use(mesh: Mesh) -> contextlib.AbstractContextManager:
-    """Makes `mesh` the one that model code finds while it is traced; one device needs none."""
-    return jax.set_mesh(mesh) if mesh.size > 1 else contextlib.nullcontext()
+def is_split() -> bool:
+    """Whether the program being traced is for several devices; with one, there is nothing to place or to gather."""
+    return jax.sharding.get_abstract_mesh().size > 1
 
 
-def _meshless() -> bool:
-    return jax.sharding.get_abstract_mesh().empty
+def platform() -> str:
+    """What the program being traced is for: tpu, gpu or cpu; by the mesh, else by where JAX runs."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return jax.default_backend() if device is None else device.platform
 
 
 def gathered(parameter: nnx.Param, dtype: Any = None) -> jax.Array:
@@ -172,7 +144,7 @@ def gathered(parameter: nnx.Param, dtype: Any = None) -> jax.Array:
     """
     value = parameter[...]
     dtype = value.dtype if dtype is None else dtype
-    if _meshless():
+    if not is_split():
         return value.astype(dtype)
     parts = spec(_axes_of(parameter, value.ndim))
 
@@ -191,8 +163,8 @@ def gathered(parameter: nnx.Param, dtype: Any = None) -> jax.Array:
     return gather(sharded)
 
 
-def _matmul(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    # Leading axes joined: XLA:CPU then forms the kernel's gradient in place instead of copying both factors.
+def matmul(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """x @ kernel with leading axes joined: XLA:CPU then forms the kernel's gradient in place, without copies."""
     return (x.reshape(-1, x.shape[-1]) @ kernel).reshape(*x.shape[:-1], -1)
 
 
@@ -216,8 +188,8 @@ def linear(x: jax.Array, kernel: nnx.Param) -> jax.Array:
     Args:
       x: `b t p i` with p split over seq (p = 1: one value a frame, not split), or `b ... i`.
     """
-    if _meshless():
-        return _matmul(x, kernel[...].astype(x.dtype))
+    if not is_split():
+        return matmul(x, kernel[...].astype(x.dtype))
     parts = spec(_axes_of(kernel, kernel[...].ndim))
     tokens = x.ndim == 4 and x.shape[2] > 1
     placed = PartitionSpec(BATCH_AXES, None, SEQ) if tokens else PartitionSpec(BATCH_AXES)
@@ -232,18 +204,18 @@ def linear(x: jax.Array, kernel: nnx.Param) -> jax.Array:
             for mesh_axis in reversed(parts[dim]):  # the last named axis is the minor one
                 whole = jax.lax.all_gather(whole, mesh_axis, axis=0 if transposed else dim, tiled=True)
         whole = _by_rows(whole)
-        return _matmul(x, whole.T if transposed else whole)
+        return matmul(x, whole.T if transposed else whole)
 
     return jax.shard_map(product, in_specs=(placed, parts), out_specs=placed, check_vma=False)(x, kernel[...])
 
 
 def constrain_tokens(tokens: jax.Array) -> jax.Array:
-    """Pins activations `b t s ...` to batch over data x fsdp and each frame's tokens `s` over seq.
+    """Pins activations `b t p ...` to batch over data x fsdp and each frame's tokens `p` over seq.
 
     Raises:
       ConfigError: the batch or a frame's tokens do not divide over their mesh axes, with the numbers.
     """
-    if _meshless():
+    if not is_split():
         return tokens
     mesh = jax.sharding.get_abstract_mesh()
     check_divides("batch", tokens.shape[0], BATCH_AXES, mesh)
@@ -252,37 +224,39 @@ def constrain_tokens(tokens: jax.Array) -> jax.Array:
     return jax.lax.with_sharding_constraint(tokens, PartitionSpec(BATCH_AXES, None, SEQ, *rest))
 
 
+def constrain_cache(x: jax.Array) -> jax.Array:
+    """Pins cached keys or values `layers b slots p h k` to batch over data x fsdp and heads over seq.
+
+    It is what attention over a cache works on (`sequence`), so that a cache never moves. A batch or heads that do not
+    divide stay whole.
+    """
+    if not is_split():
+        return x
+    return jax.lax.with_sharding_constraint(
+        x, PartitionSpec(None, _fits(x.shape[1], BATCH_AXES), None, None, _fits(x.shape[4], (SEQ,)))
+    )
+
+
+def _fits(size: int, mesh_axes: tuple[str, ...]) -> tuple[str, ...] | None:
+    """These mesh axes, or None if they do not divide the size."""
+    shape = jax.sharding.get_abstract_mesh().shape
+    return mesh_axes if size % math.prod(shape[a] for a in mesh_axes) == 0 else None
+
+
 def constrain_batch(x: jax.Array) -> jax.Array:
     """Pins `b ...` to batch over data x fsdp; whole on every device where the batch does not divide."""
-    if _meshless():
+    if not is_split():
         return x
-    shape = jax.sharding.get_abstract_mesh().shape
-    divides = x.shape[0] % math.prod(shape[a] for a in BATCH_AXES) == 0
-    return jax.lax.with_sharding_constraint(x, PartitionSpec(BATCH_AXES) if divides else PartitionSpec())
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(_fits(x.shape[0], BATCH_AXES)))
 
 
 def take_rows(table: nnx.Param, ids: jax.Array) -> jax.Array:
     """Rows `ids` of a sharded `[rows d]` table, split as the table's: what moves is the ids, never the table."""
-    if _meshless():
+    if not is_split():
         return table[...][ids]
     parts = spec(_axes_of(table, table[...].ndim))
     found = table[...][jax.lax.with_sharding_constraint(ids, PartitionSpec())]
     return jax.lax.with_sharding_constraint(found, PartitionSpec(*(None,) * ids.ndim, *parts[1:]))
-
-
-def constrain_like(tree: T) -> T:
-    """Pins a tree of `nnx.Param`s (gradients, accumulated gradients) to the parameters' shardings."""
-    if _meshless():
-        return tree
-
-    def pin(node):
-        if not isinstance(node, nnx.Variable):
-            return node
-        return jax.tree.map(
-            lambda leaf: jax.lax.with_sharding_constraint(leaf, spec(_axes_of(node, leaf.ndim))), node
-        )
-
-    return jax.tree.map(pin, tree, is_leaf=lambda x: isinstance(x, nnx.Variable))
 
 
 def count_bytes(tree: Any) -> int:

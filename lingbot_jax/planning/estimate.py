@@ -1,202 +1,288 @@
-"""What a training step costs on a pod: FLOPs from the model's sizes, and the roofline of a compiled step."""
+"""What a program of a run costs on a pod: compiled for its topology, held against what it is meant to do."""
 
 import dataclasses
 import math
+import re
+from collections.abc import Iterator
+from typing import Any
 
-import numpy as np
-from jax.sharding import Mesh
+import jax
+import jax.numpy as jnp
+from flax import nnx
 
-from lingbot_jax.config import ConfigError
-from lingbot_jax.models.config import DiTConfig
-from lingbot_jax.parallel.hlo import Collective, Program
+from lingbot_jax.models.params import flat_params
+from lingbot_jax.parallel import sharding
+from lingbot_jax.parallel.mesh import DATA, SEQ
+from lingbot_jax.planning.hlo import HloModule
+from lingbot_jax.planning.intended import Intended, Matrix, state_faults
+from lingbot_jax.planning.programs import Case, tokens_of
+from lingbot_jax.planning.roofline import Roofline, collective_bytes, roofline
+from lingbot_jax.training.state import TrainState
+from lingbot_jax.training.step import Program
+from lingbot_jax.worlds.world import template
+
+ATTENTION_BACKWARD = 2.5  # of a self-attention forward, in kernels: five products for two
+MARGIN = 0.05  # of HBM that a fit leaves free: fragments, and what runs beside the program
 
 
 @dataclasses.dataclass(frozen=True)
-class Chip:
-    """One JAX device of a TPU generation.
+class Plan:
+    """A program of a run on a topology, as `--json` prints it. What is known only of a program that compiled, or only
+    of a training step, is None elsewhere.
 
     Attributes:
-      flops: peak bf16 FLOP/s. hbm: bytes; bandwidth: bytes/s. link: bytes/s one way of one ICI link.
-      torus: links a ring closes over: a dimension of this many chips (or a multiple) wraps around.
-      attention: fraction of peak at which the attention kernels run at head_dim 128, waits for HBM not counted.
-      dcn: bytes/s a chip over the data-centre network.
+      fits: the total leaves 5 % of HBM free. program: train or encode. phase: of the curriculum.
+      batch: clips per step. remat, grad_accum_steps: of the config.
+      hbm_bytes_per_chip: by what it is; `total` is the sum as the compiler has it.
+      flops: of a step. collective_bytes: that a device receives in a step: kind -> mesh axes -> bytes.
+      faults: one line for all that departs from what the step is meant to do.
+      seconds: of a step, by what is used. step_seconds_roofline: the longest of them, everything else hidden.
+      mfu, mfu_without_overlap: model FLOPs over peak, with all or no communication hidden.
+      chip_hours: for `chip_hours_tokens` training tokens.
     """
 
-    flops: float
-    hbm: float
-    bandwidth: float
-    link: float
-    torus: int
-    attention: float
-    dcn: float = 3.1e9  # an assumption on the safe side: 100 Gbit/s for a host of four chips
+    fits: bool
+    program: str
+    topology: str
+    phase: int
+    chips: int
+    mesh: dict[str, int]
+    batch: int
+    tokens_per_step: int
+    remat: str
+    grad_accum_steps: int
+    hbm_limit_bytes: int
+    hbm_bytes_per_chip: dict[str, int]
+    flops: dict[str, Any] | None = None
+    collective_bytes: dict[str, dict[str, int]] | None = None
+    collective_bytes_intended: dict[str, dict[str, float]] | None = None
+    faults: list[str] | None = None
+    seconds: dict[str, float] | None = None
+    step_seconds_roofline: float | None = None
+    bound_by: str | None = None
+    mfu: float | None = None
+    mfu_without_overlap: float | None = None
+    tokens_per_second: float | None = None
+    chip_hours: float | None = None
+    chip_hours_tokens: float | None = None
 
-
-# Peaks and HBM: cloud.google.com/tpu/docs/{v5e,v5p,v6e,tpu7x}. One-way ICI bandwidth of a link: the tables of
-# jax-ml.github.io/scaling-book/tpus (v5e 4.5e10, v5p 9e10, v6e 9e10); tpu7x: 9.6 Tbit/s a chip over 6 links, both
-# ways. A tpu7x chip is two devices, so its figures are halved. Wrap-around: v5e and v6e only in full rows of 16, v5p
-# and tpu7x in multiples of 4. `attention`: ideal over static cycles of two forward tiles and a backward one
-# (docs/kernels.md), which head_dim 128 limits on 256x256 matrix units.
-CHIPS = {
-    "v5e": Chip(flops=197e12, hbm=16e9, bandwidth=819e9, link=4.5e10, torus=16, attention=0.97),
-    "v5p": Chip(flops=459e12, hbm=95e9, bandwidth=2765e9, link=9e10, torus=4, attention=0.97),
-    "v6e": Chip(flops=918e12, hbm=32e9, bandwidth=1640e9, link=9e10, torus=16, attention=0.60),
-    "tpu7x": Chip(flops=1153.5e12, hbm=96e9, bandwidth=3690e9, link=5e10, torus=4, attention=0.63),
-}
-
-
-def chip(topology: str) -> Chip:
-    """The chip of a topology name such as `v5p:8x8x4`. Raises ConfigError for another generation."""
-    generation = topology.partition(":")[0]
-    if generation not in CHIPS:
-        raise ConfigError(
-            f"topology = {topology!r}: generation {generation!r} is not one of {', '.join(CHIPS)}"
+    def timed(self, line: Roofline) -> "Plan":
+        """With the times of a roofline."""
+        return dataclasses.replace(
+            self,
+            seconds=line.terms | {"matmul": line.matmul, "attention": line.attention} | line.network,
+            step_seconds_roofline=line.seconds,
+            bound_by=line.bound_by,
+            tokens_per_second=self.tokens_per_step / line.seconds,
         )
-    return CHIPS[generation]
+
+    def holding(self, **held: int) -> "Plan":
+        """With more known of the memory; `total` decides whether it fits."""
+        held = self.hbm_bytes_per_chip | held
+        fits = "total" in held and held["total"] <= (1 - MARGIN) * self.hbm_limit_bytes
+        return dataclasses.replace(self, fits=fits, hbm_bytes_per_chip=held)
 
 
-@dataclasses.dataclass(frozen=True)
-class Flops:
-    """FLOPs of one forward pass of one sample (2 a multiply-add).
+def plan_encode(case: Case) -> Plan:
+    """Compiles the program that turns the clips of a step into latents and text tokens; the training state is held
+    beside it."""
+    program = case.encode()
+    codec, text, clips = program.args
+    held = {"state": sharding.count_bytes(case.state()), "batch": sharding.count_bytes(clips)}
+    held["encoders"] = sharding.count_bytes((codec, text))
+    plan = _plan(case, "encode", held)
+    compiled = _compile(program)
+    if isinstance(compiled, int):
+        return plan.holding(total=compiled + held["state"])
+    module, memory = HloModule(compiled.as_text()), compiled.memory_analysis()
+    line, found = roofline(module, case.mesh, case.chip, attention_flops=0.0, model_flops=0.0)
+    plan = dataclasses.replace(
+        plan,
+        flops={"matmul_per_chip_hlo": module.matmul_flops(), "peak": line.peak},
+        collective_bytes=collective_bytes(found),
+    ).timed(line)
+    parts = {"temporaries": memory.temp_size_in_bytes, "program": memory.generated_code_size_in_bytes}
+    return plan.holding(**parts, total=_total(memory) + held["state"])
 
-    Attributes:
-      tokens: products with weights, of video tokens. text: of text tokens, which every device of seq repeats.
-      cross: cross-attention's scores and values. attention: self-attention's.
-    """
 
-    tokens: int
-    text: int
-    cross: int
-    attention: int
-
-    @property
-    def total(self) -> int:
-        return self.tokens + self.text + self.cross + self.attention
-
-
-def forward_flops(model: DiTConfig, frames: int, height: int, width: int) -> Flops:
-    """FLOPs of WorldDiT, from its sizes.
+def plan_train(case: Case, tokens: float = 1e11) -> Plan:
+    """Compiles the training step; the encoders and networks that it does not see are held beside it.
 
     Args:
-      frames, height, width: of the latents.
+      tokens: training tokens that `chip_hours` are for.
     """
-    _, rows, columns = model.patch
-    d, text = model.dim, model.text_len
-    n = frames * (height // rows) * (width // columns)
-    taps = rows * columns
-    block = 4 * d * d + 2 * d * d + 2 * d * model.ffn  # self-attention, cross-attention q and o, FFN
-    outside = d * taps * (model.in_channels + model.latent_channels)
-    if model.control != "none":
-        block += 4 * d * d
-        outside += taps * model.control_channels * d + 2 * d * d
-    return Flops(
-        tokens=2 * n * (model.layers * block + outside),
-        text=2 * text * (model.layers * 2 * d * d + model.text_dim * d + d * d),
-        cross=model.layers * 4 * n * text * d,
-        attention=model.layers * 4 * n * n * d,
+    program, whole = case.train(), case.state()
+    state, encoded, null_text = program.args
+    held = {name: sharding.count_bytes(tree) for name, tree in _parts(whole).items()}
+    held["batch"] = sharding.count_bytes((encoded, null_text))
+    held["encoders"] = sharding.count_bytes(case.encode().args[:2])
+    unseen = sharding.count_bytes(whole) - sharding.count_bytes(state) + held["encoders"]
+    plan = _plan(case, "train", held)
+    compiled = _compile(program)
+    if isinstance(compiled, int):
+        return plan.holding(total=compiled + unseen)
+    module, memory = HloModule(compiled.as_text()), compiled.memory_analysis()
+    kept = module.stacked_bytes(case.config.world.network.layers, set(_shard_shapes(state)))
+    kept = min(kept, memory.temp_size_in_bytes)
+    plan = plan.holding(
+        activations=kept,
+        temporaries=memory.temp_size_in_bytes - kept,
+        program=memory.generated_code_size_in_bytes,
+        total=_total(memory) + unseen,
+    )
+    plan, line = _arithmetic(plan, case, module)
+    seen = {name: sharding.count_bytes(tree) for name, tree in _parts(state).items()}
+    split = state_faults(
+        seen | {"batch": held["batch"]},
+        *_whole_bytes(state),
+        case.mesh.size // case.mesh.shape[DATA],
+        memory.argument_size_in_bytes,
+    )
+    hours = tokens / (plan.tokens_per_step / line.seconds) * plan.chips / 3600
+    return dataclasses.replace(plan, faults=plan.faults + split, chip_hours=hours, chip_hours_tokens=tokens)
+
+
+PROGRAMS = {"train": plan_train, "encode": plan_encode}
+
+
+def _plan(case: Case, program: str, held: dict[str, int]) -> Plan:
+    """What is known before anything is compiled."""
+    config = case.config
+    return Plan(
+        fits=False,
+        program=program,
+        topology=case.where.topology,
+        phase=case.phase,
+        chips=case.mesh.size,
+        mesh=dict(case.mesh.shape),
+        batch=config.data.batch,
+        tokens_per_step=config.data.batch * tokens_of(case.config),
+        remat=config.world.network.remat,
+        grad_accum_steps=config.optimizer.grad_accum_steps,
+        hbm_limit_bytes=int(case.chip.hbm),
+        hbm_bytes_per_chip=held,
     )
 
 
-def axis_bandwidth(mesh: Mesh, axes: tuple[str, ...], chip: Chip) -> float:
-    """Bytes/s a device receives in a ring collective over these mesh axes.
-
-    A ring along a torus dimension receives from both sides, and k dimensions carry k rings at once. Without
-    wrap-around a line carries half. Groups whose members are s chips apart share each link with s - 1 others. Over
-    slices it is the data-centre network that limits.
-    """
-    places = [list(mesh.shape).index(a) for a in axes]
-    grid = np.moveaxis(mesh.devices, places, range(len(places)))
-    line = grid.reshape(math.prod(mesh.shape[a] for a in axes), -1)[:, 0]
-    if len({getattr(d, "slice_index", None) for d in line}) > 1:
-        return chip.dcn
-    everywhere = np.array([d.coords for d in mesh.devices.flat])
-    coords = np.array([d.coords for d in line])
-    total = 0.0
-    for dimension in range(coords.shape[1]):
-        positions = np.unique(coords[:, dimension])
-        if len(positions) > 1:
-            extent = len(np.unique(everywhere[:, dimension]))
-            stride = int(np.diff(positions).min())
-            wraps = len(positions) * stride == extent and extent % chip.torus == 0
-            total += chip.link * (2 if wraps else 1) / stride
-    return total or 2 * chip.link  # two cores of one chip
+def _compile(program: Program) -> jax.stages.Compiled | int:
+    """The compiled program, or the bytes that one needs that does not fit."""
+    lowered = program.lower()
+    try:
+        return lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        needed = _needed(error)
+        if needed is None:
+            raise
+        return needed
 
 
-@dataclasses.dataclass(frozen=True)
-class Roofline:
-    """Seconds of one step by what is used, and what follows from them.
-
-    Attributes:
-      matmul, attention: arithmetic. hbm: memory traffic. network: mesh axes joined by "+" -> seconds.
-      model_flops: of a step on all chips, without recomputation. peak: FLOP/s of all chips.
-    """
-
-    matmul: float
-    attention: float
-    hbm: float
-    network: dict[str, float]
-    model_flops: float
-    peak: float
-
-    @property
-    def terms(self) -> dict[str, float]:
-        return {
-            "compute": self.matmul + self.attention,
-            "hbm": self.hbm,
-            "network": sum(self.network.values()),
-        }
-
-    @property
-    def seconds(self) -> float:
-        """With everything else hidden behind the longest term."""
-        return max(self.terms.values())
-
-    @property
-    def bound_by(self) -> str:
-        return max(self.terms, key=self.terms.get)
-
-    @property
-    def mfu(self) -> float:
-        return self.model_flops / (self.seconds * self.peak)
-
-    @property
-    def mfu_exposed(self) -> float:
-        """If no byte on the network were hidden behind arithmetic."""
-        busy = max(self.terms["compute"], self.terms["hbm"]) + self.terms["network"]
-        return self.model_flops / (busy * self.peak)
+def _needed(error: Exception) -> int | None:
+    """Bytes, from the compiler's out-of-memory message; of a step far too large it counts temporaries alone."""
+    text = " ".join(str(error).split())
+    found = re.search(r"Used ([\d.]+)([KMG]) of [\d.]+[KMG] hbm", text)
+    found = found or re.search(
+        r"required for HLO temporaries \(([\d.]+)([KMG])\) exceeds available HBM", text
+    )
+    return found and int(float(found[1]) * {"K": 2**10, "M": 2**20, "G": 2**30}[found[2]])
 
 
-def roofline(
-    program: Program, mesh: Mesh, chip: Chip, *, attention_flops: float, model_flops: float
-) -> tuple[Roofline, list[Collective]]:
-    """The roofline of a compiled step, and its collectives.
-
-    Args:
-      attention_flops: that one device runs inside hand-written kernels in a step, recomputation included.
-      model_flops: of the whole step on all devices, without recomputation.
-    """
-    found = program.collectives(dict(mesh.shape))
-    network: dict[str, float] = {}
-    for collective in found:
-        if collective.axes:
-            name = "+".join(collective.axes)
-            network[name] = network.get(name, 0.0) + collective.bytes / axis_bandwidth(
-                mesh, collective.axes, chip
-            )
-    return Roofline(
-        matmul=program.matmul_flops() / chip.flops,
-        attention=attention_flops / (chip.flops * chip.attention),
-        hbm=program.hbm_bytes() / chip.bandwidth,
-        network=network,
-        model_flops=model_flops,
-        peak=chip.flops * mesh.size,
-    ), found
+def _total(memory: Any) -> int:
+    """Bytes of a running program. Outputs live in donated arguments, except for those that are not aliased."""
+    outputs = memory.output_size_in_bytes - memory.alias_size_in_bytes
+    work = memory.temp_size_in_bytes + memory.generated_code_size_in_bytes
+    return memory.argument_size_in_bytes + outputs + work
 
 
-def collective_bytes(found: list[Collective]) -> dict[str, dict[str, int]]:
-    """Bytes a device receives in a step: kind -> axes joined by "+" -> bytes."""
-    table: dict[str, dict[str, int]] = {}
-    for collective in found:
-        row = table.setdefault(collective.kind, {})
-        name = "+".join(collective.axes) or "none"
-        row[name] = row.get(name, 0) + round(collective.bytes)
-    return table
+def _arithmetic(plan: Plan, case: Case, module: HloModule) -> tuple[Plan, Roofline]:
+    """With FLOPs, times and what departs from the intended collectives."""
+    batch, mesh = plan.batch, case.mesh
+    forward, backward = case.forward, case.forward.backward(case.adapters_only)
+    # Attention, and all else with it, is computed again in the backward pass if a forward kernel is there.
+    passes = 1 + any("rematted_computation" in op for op in module.kernel_calls("flash_forward"))
+    attention = batch * forward.attention * (passes + ATTENTION_BACKWARD) / mesh.size
+    model = float(batch * (forward.total + backward.total))
+    repeated = (mesh.shape[SEQ] - 1) * (passes * forward.text + backward.text)
+    matmul = batch * (passes * forward.products + backward.products + repeated) / mesh.size
+    line, found = roofline(module, mesh, case.chip, attention_flops=attention, model_flops=model)
+    intended = _intended(case)
+    plan = dataclasses.replace(
+        plan,
+        flops={
+            "model_per_step": model,
+            "forward_of_a_sample": dataclasses.asdict(forward),
+            "matmul_per_chip_analytic": matmul,
+            "matmul_per_chip_hlo": module.matmul_flops(),
+            "attention_per_chip": attention,
+            "attention_forward_passes": passes,
+            "peak": line.peak,
+        },
+        collective_bytes=collective_bytes(found),
+        collective_bytes_intended=intended.bytes(),
+        faults=intended.faults(found),
+        mfu=line.mfu,
+        mfu_without_overlap=line.mfu_exposed,
+    )
+    return plan.timed(line), line
+
+
+def _intended(case: Case) -> Intended:
+    config, network = case.config, case.config.world.network
+    parts = config.optimizer.grad_accum_steps
+    return Intended(
+        mesh=dict(case.mesh.shape),
+        matrices=tuple(_matrices(case)),
+        microsteps=parts,
+        tokens=tokens_of(case.config),
+        text=network.text_len,
+        width=network.head_dim,
+        samples=config.data.batch // parts // case.rows,
+        summed=_summed(case),
+    )
+
+
+def _matrices(case: Case) -> Iterator[Matrix]:
+    """Every matrix of the network; those outside the blocks may be computed, and so sent, in float32."""
+    network = case.config.world.network
+    name, compute = next(iter(case.run.world.networks)), jnp.dtype(network.dtype).itemsize
+    for path, leaf in flat_params(template(network)).items():
+        if _is_matrix(leaf):
+            stacked = len(leaf.shape) > 2
+            layers, itemsize = (leaf.shape[0], compute) if stacked else (1, 4)
+            yield Matrix(leaf.shape[-2:], layers, itemsize, case.objective.trains(name, path))
+
+
+def _summed(case: Case) -> int:
+    """Bytes of the gradients that are summed whole: of all that is no matrix of `linear`, in float32."""
+    name, network = next(iter(case.run.world.networks.items()))
+    small = [
+        leaf.size
+        for path, leaf in flat_params(template(network)).items()
+        if not _is_matrix(leaf) and case.objective.trains(name, path)
+    ]
+    return 4 * sum(small)
+
+
+def _is_matrix(leaf: nnx.Param) -> bool:
+    axes = leaf.get_metadata()["axes"]
+    return len(axes) == 2 and None not in axes
+
+
+def _parts(state: TrainState) -> dict[str, Any]:
+    return {"parameters": state.params, "ema": state.ema, "optimizer": state.opt}
+
+
+def _whole_bytes(state: TrainState) -> tuple[dict[str, int], dict[str, int]]:
+    """Bytes of the matrices and of all else in each part of the state, unsplit."""
+    matrices, vectors = {}, {}
+    for name, tree in _parts(state).items():
+        sizes = {True: 0, False: 0}
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+            matrix = str(getattr(path[-1], "key", "")).endswith("kernel")
+            sizes[matrix] += math.prod(leaf.shape) * leaf.dtype.itemsize
+        matrices[name], vectors[name] = sizes[True], sizes[False]
+    return matrices, vectors
+
+
+def _shard_shapes(state: TrainState) -> Iterator[tuple[int, ...]]:
+    for leaf in jax.tree.leaves(state):
+        yield leaf.sharding.shard_shape(leaf.shape)

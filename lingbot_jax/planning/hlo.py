@@ -1,8 +1,7 @@
-"""Reads a compiled program: what it computes, moves and sends, per device and step.
+"""Reads a compiled program: what it computes and moves, per device and step.
 
 `compiled.cost_analysis()` counts a loop's body once; a training step is mostly loops over layers. Here the text
-of the optimised program is parsed, every computation is weighted by how often it runs, and each collective is
-traced to the mesh axes it spans.
+of the optimised program is parsed, and every computation is weighted by how often it runs.
 """
 
 import collections
@@ -11,14 +10,9 @@ import functools
 import math
 import re
 
-import numpy as np
-
-from lingbot_jax.parallel.mesh import DATA
-
 _BYTES = {"pred": 1, "s4": 0.5, "u4": 0.5, "s8": 1, "u8": 1, "f8e4m3fn": 1, "f8e5m2": 1, "bf16": 2, "f16": 2}
 _BYTES |= {"s16": 2, "u16": 2, "s32": 4, "u32": 4, "f32": 4, "s64": 8, "u64": 8, "f64": 8, "c64": 8}
 _SHAPE = re.compile(r"\b([a-z]+\d*\w*)\[([\d,]*)\](\{[^}]*\})?")
-_COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 # Opcodes that name values or run other computations, and move nothing themselves.
 _FREE = {"parameter", "tuple", "get-tuple-element", "bitcast", "constant", "while", "conditional", "call"}
 _FREE |= {"after-all", "iota", "partition-id", "replica-id", "opt-barrier"}
@@ -60,24 +54,6 @@ class Instruction:
         return found and found[1]
 
 
-@dataclasses.dataclass(frozen=True)
-class Collective:
-    """A collective of one step.
-
-    Attributes:
-      kind: e.g. `all-gather`. axes: mesh axes it spans. shapes: of its results.
-      bytes: a device receives, all runs of a step together, if done in the fewest bytes (ring).
-      runs: times a step. op: the JAX operation it comes from.
-    """
-
-    kind: str
-    axes: tuple[str, ...]
-    shapes: tuple[Shape, ...]
-    bytes: float
-    runs: int
-    op: str
-
-
 def _closing(text: str, start: int) -> int:
     depth = 0
     for i in range(start, len(text)):
@@ -108,7 +84,7 @@ def _instruction(line: str) -> Instruction | None:
     return Instruction(head[1], opcode[1], _shapes(line[at:end]), line[start + 1 : stop], line[stop + 1 :])
 
 
-class Program:
+class HloModule:
     """The optimised HLO text of one device's program."""
 
     def __init__(self, text: str):
@@ -186,7 +162,7 @@ class Program:
         for computation in self.runs:
             for made in self.computations[computation].values():
                 if made.opcode == "custom-call" and 'custom_call_target="tpu_custom_call"' in made.rest:
-                    found += [_op(made)] if name in made.name else []
+                    found += [operation(made)] if name in made.name else []
         return found
 
     def hbm_bytes(self) -> int:
@@ -247,63 +223,11 @@ class Program:
                     sizes.append(sum(s.bytes for s in stacked if s.dims not in known))
         return max(sizes)
 
-    def collectives(self, mesh_shape: dict[str, int]) -> list[Collective]:
-        """Every collective, with the axes of the mesh (name -> size, outermost first) that it spans."""
-        found = []
-        starts = {
-            name
-            for name in self.runs
-            if any('"AsyncCollectiveStart"' in made.rest for made in self.computations[name].values())
-        }
-        for name, times in self.runs.items():
-            for made in self.computations[name].values():
-                if slices := _between_slices(made):
-                    kind, members = slices
-                    received = _received(kind, made.shapes[0].bytes, members) * times
-                    found.append(Collective(kind, (DATA,), made.shapes[:1], received, times, _op(made)))
-                    continue
-                kind = made.opcode.removesuffix("-start")
-                # One collective that is spread over several fusions stands in each: it counts where it starts.
-                if kind not in _COLLECTIVES or ("chain_id=" in made.rest and name not in starts):
-                    continue
-                groups = replica_groups(made.rest)
-                axes = _axes(groups, mesh_shape)
-                shapes = made.shapes[-1:] if made.opcode.endswith("-start") else made.shapes
-                if kind == "all-reduce" and name.startswith("all-reduce-scatter"):
-                    kind = "reduce-scatter"
-                    shapes = tuple(
-                        Shape(s.dtype, (s.elements // groups.shape[1],), s.scratch) for s in shapes
-                    )
-                received = _received(kind, sum(s.bytes for s in shapes), groups.shape[1])
-                found.append(Collective(kind, axes, shapes, received * times, times, _op(made)))
-        return found
 
-
-def _between_slices(made: Instruction) -> tuple[str, int] | None:
-    """(kind, slices) of a collective over the data-centre network: a `send` that the runtime carries out."""
-    kind = re.search(r'_xla_megascale_transfer_type="(\w+)"', made.rest)
-    if made.opcode != "send" or not kind:
-        return None
-    members = re.search(r'_xla_megascale_target="\{([\d,]+)\}', made.rest)
-    return kind[1].lower().replace("_", "-"), len(members[1].split(","))
-
-
-def _op(made: Instruction) -> str:
+def operation(made: Instruction) -> str:
     """The JAX operation an instruction comes from."""
     found = re.search(r'op_name="([^"]*)"', made.rest)
     return found[1] if found else ""
-
-
-def _received(kind: str, result: int, group: int) -> float:
-    """Bytes a device receives for a result of so many bytes, in the fewest-bytes algorithm."""
-    share = (group - 1) / group
-    return {
-        "all-gather": result * share,
-        "reduce-scatter": result * (group - 1),
-        "all-reduce": 2 * result * share,
-        "all-to-all": result * share,
-        "collective-permute": result,
-    }[kind]
 
 
 def _contraction_flops(made: Instruction, computation: dict[str, Instruction]) -> int:
@@ -322,41 +246,3 @@ def _contraction_flops(made: Instruction, computation: dict[str, Instruction]) -
         for size, dilation in zip(sizes, dilated, strict=True):
             contracted //= int(size) if int(dilation) > 1 else 1
     return 2 * results * contracted
-
-
-def _iota(spec: str) -> np.ndarray:
-    """Flat ids of `[2,4]T(1,0)` or `[8]`: counted up in that shape, then transposed."""
-    dims = [int(d) for d in re.search(r"\[([\d,]+)\]", spec)[1].split(",")]
-    order = re.search(r"T\(([\d,]+)\)", spec)
-    ids = np.arange(math.prod(dims)).reshape(dims)
-    return (ids.transpose([int(d) for d in order[1].split(",")]) if order else ids).ravel()
-
-
-def replica_groups(attributes: str) -> np.ndarray:
-    """Int [groups members] from any of the three forms HLO prints, or from a permute's pairs (as one group)."""
-    if pairs := re.search(r"source_target_pairs=\{(\{.*?\})\}", attributes):
-        moved = np.array([[int(i) for i in p.split(",")] for p in re.findall(r"\{([\d,]+)\}", pairs[1])])
-        return moved[:, :2]
-    if listed := re.search(r"replica_groups=\{(\{.*?\})\}", attributes):
-        return np.array([[int(i) for i in g.split(",")] for g in re.findall(r"\{([\d,]+)\}", listed[1])])
-    if counted := re.search(r"replica_groups=\[([\d,]+)\]<=(\[[\d,]+\](?:T\([\d,]+\))?)", attributes):
-        return _iota(counted[2]).reshape([int(d) for d in counted[1].split(",")])
-    named = re.search(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(([^ ]*)\))? \{([^}]*)\}", attributes)
-    if not named:
-        raise ValueError(f"replica groups of an unknown form: {attributes[:160]!r}")
-    sizes = {axis: int(size) for axis, size in re.findall(r"'(\w+)'=(\d+)", named[1])}
-    count = math.prod(sizes.values())
-    ids = (_iota(named[2]) if named[2] else np.arange(count)).reshape(list(sizes.values()))
-    chosen = re.findall(r"'(\w+)'", named[3])
-    if re.search(r"\(\d+\)", named[3]):
-        raise ValueError(f"replica groups over a part of an axis are not read: {named[3]!r}")
-    last = [list(sizes).index(axis) for axis in chosen]
-    kept = [i for i in range(len(sizes)) if i not in last]
-    return ids.transpose(kept + last).reshape(-1, math.prod(sizes[a] for a in chosen))
-
-
-def _axes(groups: np.ndarray, mesh_shape: dict[str, int]) -> tuple[str, ...]:
-    """Names of the mesh axes along which members of a group differ."""
-    places = np.stack(np.unravel_index(groups, tuple(mesh_shape.values())))  # [axis group member]
-    varied = (places != places[:, :, :1]).any((1, 2))
-    return tuple(name for name, differs in zip(mesh_shape, varied, strict=True) if differs)

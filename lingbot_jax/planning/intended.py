@@ -10,8 +10,8 @@ state        every matrix, moment and average split over fsdp x seq
 import dataclasses
 import math
 
-from lingbot_jax.parallel.hlo import Collective
 from lingbot_jax.parallel.mesh import DATA, FSDP, SEQ
+from lingbot_jax.planning.collectives import Collective
 
 PADDING = 8 << 20  # bytes of arguments: vectors are padded to whole tiles
 SLACK = 1.1  # the compiler pads what it scatters, and gathers some small parameters in the same way
@@ -22,11 +22,13 @@ ROWS, LANES = 8, 128
 
 @dataclasses.dataclass(frozen=True)
 class Matrix:
-    """A matrix of `parallel.sharding.linear`: its sizes, in how many layers, and bytes a value when it is sent."""
+    """A matrix of `parallel.sharding.linear`: its sizes, in how many layers, bytes per value when it is sent, and
+    whether it has a gradient."""
 
     sizes: tuple[int, int]
     layers: int
     itemsize: int
+    trains: bool = True
 
     @property
     def bytes(self) -> int:
@@ -40,7 +42,7 @@ class Intended:
     Attributes:
       mesh: size of each axis. matrices: all of the model. microsteps: of a step.
       tokens: of a sample. text: tokens of its text. width: of the narrowest activation in a block, that of a head.
-      samples: on a device.
+      samples: on a device. summed: bytes of the gradients that are summed whole, of the small parameters.
     """
 
     mesh: dict[str, int]
@@ -50,13 +52,18 @@ class Intended:
     text: int
     width: int
     samples: int
+    summed: int = 0
 
     def bytes(self) -> dict[str, dict[str, float]]:
         """Bytes a device receives in a step for its weights and gradients: kind -> axis -> bytes."""
-        total, sizes = sum(m.bytes for m in self.matrices) * self.microsteps, self.mesh
-        seq = total / sizes[FSDP] * (sizes[SEQ] - 1) / sizes[SEQ]
-        fsdp = total * (sizes[FSDP] - 1) / sizes[FSDP]
-        return {"all-gather": {SEQ: 2 * seq, FSDP: 2 * fsdp}, "reduce-scatter": {SEQ: seq, FSDP: fsdp}}
+        fsdp, seq = self.mesh[FSDP], self.mesh[SEQ]
+        stages = {SEQ: (seq - 1) / seq / fsdp, FSDP: (fsdp - 1) / fsdp}
+        weights = sum(m.bytes for m in self.matrices) * self.microsteps
+        gradients = sum(m.bytes for m in self.matrices if m.trains) * self.microsteps
+        return {
+            "all-gather": {axis: 2 * weights * share for axis, share in stages.items()},
+            "reduce-scatter": {axis: gradients * share for axis, share in stages.items()},
+        }
 
     def faults(self, found: list[Collective]) -> list[str]:
         """One line for every departure; empty if the step sends what it should."""
@@ -76,7 +83,8 @@ class Intended:
                 if sent > SLACK * limit:
                     lines.append(f"{kind} over {axis}: {sent / 1e9:.3g} GB, meant are {limit / 1e9:.3g}")
         summed = sum(c.bytes for c in found if c.kind == "all-reduce" and {FSDP, SEQ} & set(c.axes))
-        if summed > SUMMED * (limit := sum(self.bytes()["reduce-scatter"].values())):
+        limit = sum(self.bytes()["reduce-scatter"].values())
+        if summed > SUMMED * limit + 2 * self.summed * self.microsteps:
             lines.append(f"all-reduce: {summed / 1e9:.3g} GB, while {limit / 1e9:.3g} are to be scattered")
         across = {c.kind for c in found if DATA in c.axes} - {"all-reduce"}
         if across:

@@ -22,10 +22,12 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from kernels_pallas.context import Context, valid_slots
+from lingbot_jax.axes import Placeholder
 from lingbot_jax.config import require
 from lingbot_jax.models import rope
 from lingbot_jax.models.attention import KV
 from lingbot_jax.models.config import DiTConfig
+from lingbot_jax.parallel.sharding import constrain_cache
 
 Positions = Literal["absolute", "relative"]
 
@@ -74,20 +76,24 @@ class KVCache:
       layout: static.
     """
 
-    keys: Float[Array, "layers b slots p h k"]
-    values: Float[Array, "layers b slots p h k"]
-    frames: Int[Array, "slots"]
-    count: Int[Array, ""]
+    keys: Float[Array, "layers b slots p h k"] | Placeholder
+    values: Float[Array, "layers b slots p h k"] | Placeholder
+    frames: Int[Array, "slots"] | Placeholder
+    count: Int[Array, ""] | Placeholder
     layout: CacheLayout = dataclasses.field(metadata={"static": True})
 
     @classmethod
     def empty(cls, config: DiTConfig, layout: CacheLayout, batch: int) -> "KVCache":
-        """A cache without frames, in the model's compute dtype."""
+        """A cache without frames, in the model's compute dtype.
+
+        On a mesh (`jax.set_mesh`) its heads are split over seq and its batch over data x fsdp, for good: every write
+        puts them there again, so that a program which takes a cache and returns one is compiled once.
+        """
         shape = (config.layers, batch, layout.slots, layout.tokens, config.heads, config.head_dim)
         # Two arrays, not one twice: both are donated.
         return cls(
-            jnp.zeros(shape, config.dtype),
-            jnp.zeros(shape, config.dtype),
+            constrain_cache(jnp.zeros(shape, config.dtype)),
+            constrain_cache(jnp.zeros(shape, config.dtype)),
             jnp.full(layout.slots, -1, jnp.int32),
             jnp.int32(0),
             layout,
@@ -144,6 +150,7 @@ class KVCache:
         )
         if layout.positions == "absolute":
             keys = rope.rotate(keys, self._table(frames, config))
+        keys, values = constrain_cache(keys), constrain_cache(values)
         if layout.ring == 0:  # there is no slot past the sink
             limit = jnp.int32(layout.sink) if limit is None else jnp.minimum(limit, layout.sink)
         held = (self.keys, self.values, self.frames)
@@ -160,7 +167,8 @@ class KVCache:
                 jax.lax.dynamic_update_index_in_dim(held[1], new[1], at, 2),
                 jax.lax.dynamic_update_index_in_dim(held[2], new[2], at, 0),
             )
-        return dataclasses.replace(self, keys=held[0], values=held[1], frames=held[2])
+        keys, values = constrain_cache(held[0]), constrain_cache(held[1])
+        return dataclasses.replace(self, keys=keys, values=values, frames=held[2])
 
     def _table(self, positions: Int[Array, "t"], config: DiTConfig) -> rope.Rotary:
         return rope.rotary(

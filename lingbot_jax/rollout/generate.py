@@ -1,8 +1,8 @@
 """From an image, a path of the camera and a prompt to video frames, as one value: what `experiments.generate` runs.
 
-    plan      everything that can be checked before the world's arrays are read
-    frames    the video: window by window (base), or chunk after chunk (fast)
-    write     the result folder
+plan      everything that can be checked before the world's arrays are read
+frames    the video: window by window (base), or chunk after chunk (fast)
+write     the result folder
 """
 
 import dataclasses
@@ -128,7 +128,9 @@ class GenerateConfig:
             default = type(self).__pydantic_fields__[name].default
             value = getattr(self, name)
             require(value == default, name, value, f"means nothing with --mode={self.mode}")
-        require(bool(self.prompt.strip()), "prompt", self.prompt, "is empty; describe the world in a sentence")
+        require(
+            bool(self.prompt.strip()), "prompt", self.prompt, "is empty; describe the world in a sentence"
+        )
         scales = self.guidance
         require(scales is None or len(scales) in (1, 2), "guidance", scales, "must be 1 or 2 scales")
         events.parse(self.events)
@@ -158,9 +160,7 @@ class Plan:
         return len(self.path) if self.windows is None else self.windows.count * self.sample.steps
 
 
-def chosen_sample(
-    own: SampleConfig, guidance: tuple[float, ...] | None = None, **given: Any
-) -> SampleConfig:
+def chosen_sample(own: SampleConfig, guidance: tuple[float, ...] | None = None, **given: Any) -> SampleConfig:
     """A world's own way of sampling, with what is given (not None) in place of it."""
     if guidance is not None:
         given["guidance"] = Guidance(guidance[0], guidance[-1], own.guidance.batched)
@@ -193,7 +193,9 @@ def plan(config: GenerateConfig, world: WorldConfig) -> Plan:
     multiple = int(np.lcm(*pixels_per_token(network)))
     size = images.video_size(*image.shape[:2], config.size, multiple)
     largest = config.zoom * max(size)
-    require(largest <= MAX_SIDE, "zoom", config.zoom, f"a side of the video becomes {largest} > {MAX_SIDE} pixels")
+    require(
+        largest <= MAX_SIDE, "zoom", config.zoom, f"a side of the video becomes {largest} > {MAX_SIDE} pixels"
+    )
     if config.keys is None:
         path = from_folder(config.camera, size, config.camera_size)
     else:
@@ -207,7 +209,9 @@ def plan(config: GenerateConfig, world: WorldConfig) -> Plan:
     path, script = path.fitted(frames), events.parse(config.events)
     for i, event in enumerate(script, 1):
         inside = event.second * config.fps < frames
-        require(inside, f"events, event {i}", f"{event.second:g}s", f"the video ends at {frames / config.fps:g}s")
+        require(
+            inside, f"events, event {i}", f"{event.second:g}s", f"the video ends at {frames / config.fps:g}s"
+        )
     cut = None
     if sample is not None:
         cut = windows.Windows(frames, config.clip_frames or frames, config.overlap, stride)

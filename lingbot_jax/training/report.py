@@ -23,7 +23,7 @@ class NonFiniteLoss(RuntimeError):
 
 
 class Clock:
-    """Seconds of the parts of one step. Steps overlap, so only a step that is `measured` is waited for, part by part."""
+    """Seconds of the parts of a step. Steps overlap: only one that is `measured` is waited for, part by part."""
 
     def __init__(self, measured: bool):
         self.seconds: dict[str, float] = {}

@@ -107,8 +107,8 @@ def read_origins(config: TrainConfig) -> dict[str, Origin]:
             theirs = chosen or (have[0] if have == ("world",) else ours)
             if theirs not in have:
                 raise ConfigError(
-                    f"config.init = {config.init!r}: {path} has {' and '.join(have)}, not {theirs!r}; another network may "
-                    f"start {ours} if it is named: {ours}={path}#{have[0]}"
+                    f"config.init = {config.init!r}: {path} has {' and '.join(have)}, not {theirs!r}; another network "
+                    f"may start {ours} if it is named: {ours}={path}#{have[0]}"
                 )
             found[ours] = Origin(source, theirs)
     surplus, missing = found.keys() - set(names), set(names) - found.keys()

@@ -17,6 +17,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from lingbot_jax.models import params
 from lingbot_jax.models.attention import Attend
+from lingbot_jax.models.config import NgramConfig
+from lingbot_jax.models.text import TextTokens
 from lingbot_jax.parallel import sharding
 from lingbot_jax.parallel.sequence import attention_kernel
 from lingbot_jax.training.config import TrainConfig
@@ -52,11 +54,12 @@ def batch_specs(config: TrainConfig, mesh: Mesh) -> Clips:
     t = world.codec.latent_frames(frames)
     placed = sharding.batch_sharding(mesh)
     make = lambda shape, dtype: jax.ShapeDtypeStruct((config.data.batch, *shape), dtype, sharding=placed)
-    tokens = abstract_world(world, mesh).text.tokenize([""])
+    text, ngram = world.text, isinstance(world.text, NgramConfig)
+    values = make((text.length, text.dim), jnp.float32) if ngram else make((text.length,), jnp.int32)
     return Clips(
         frames=make((frames, *config.size, 3), jnp.uint8),
         camera=Camera(make((t, 4, 4), jnp.float32), make((1, 4), jnp.float32), make((t, 4), jnp.float32)),
-        tokens=jax.tree.map(lambda x: make(x.shape[1:], x.dtype), tokens),
+        tokens=TextTokens(values, make((text.length,), jnp.bool)),
         known=make((), jnp.int32),
     )
 

@@ -14,6 +14,7 @@ import jax
 from etils import epath
 from jax.sharding import Mesh
 
+from lingbot_jax import files
 from lingbot_jax.config import ConfigError, build
 from lingbot_jax.models import params
 from lingbot_jax.models.config import NgramConfig
@@ -67,7 +68,7 @@ def find(path: epath.PathLike, field: str = "run") -> Source:
     if (folder / BUNDLE).exists():
         return Source(folder, _bundle_config(folder, field), run=False)
     if (folder / RUN).exists():
-        values = storage.read_json(folder / RUN, field)
+        values = files.read_json(folder / RUN, field)
         config = build(WorldConfig, values.get("world", {}), f"{folder / RUN}: world")
         codec = values.get("codec")
         if not isinstance(codec, str):
@@ -80,12 +81,12 @@ def find(path: epath.PathLike, field: str = "run") -> Source:
 
 
 def _bundle_config(folder: epath.Path, field: str) -> WorldConfig:
-    values = storage.read_json(folder / BUNDLE, field)
+    values = files.read_json(folder / BUNDLE, field)
     version = values.pop("format", None)  # first: other fields of another version would only confuse
     if version != FORMAT:
         raise ConfigError(
-            f"{field} = {str(folder)!r}: bundle format {version!r}, this version reads {FORMAT}; convert the checkpoint "
-            "again: python -m experiments.convert --source=CHECKPOINT --out=BUNDLE"
+            f"{field} = {str(folder)!r}: bundle format {version!r}, this version reads {FORMAT}; convert the "
+            "checkpoint again: python -m experiments.convert --source=CHECKPOINT --out=BUNDLE"
         )
     return build(WorldConfig, values, f"{folder / BUNDLE}")
 

@@ -12,8 +12,8 @@ import time
 
 import numpy as np
 
-from lingbot_jax.models.config import DiTConfig
 from lingbot_jax.convert import contents, names_dit, write
+from lingbot_jax.models.config import DiTConfig
 from tests.convert import published
 
 CONFIG = DiTConfig(dim=1024, layers=40, heads=8, ffn=2816, text_dim=512, control="cam")

@@ -12,9 +12,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lingbot_jax.models.config import DiTConfig
 from lingbot_jax.models import params
 from lingbot_jax.models.attention import Attend
+from lingbot_jax.models.config import DiTConfig
 from lingbot_jax.models.dit import Condition, WorldDiT
 from lingbot_jax.rollout import causal, masks
 from lingbot_jax.rollout.cache import KVCache

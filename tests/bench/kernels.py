@@ -1,7 +1,7 @@
 """Our attention kernels beside splash attention: static cycles on four TPU generations, and the targets.
 
 For each shape of `kernels_pallas.shapes`, one head at head_dim 128, bfloat16: the cycles of an unmasked and of a
-masked tile (`static_cycles`) times how many of each the mask has, for our bounded form and for splash with the best
+masked tile (`static_cycles`) times how many of each the mask has, for our fixed_max form and for splash with the best
 of its tiles for that mask on that generation (`splash.BEST`). `bound` is what the matrix units need for the visible
 pairs, `VMEM` what the compiled kernel takes, spills included, of what a TensorCore has.
 
@@ -84,9 +84,9 @@ def row(chip: tiles.Generation, case: str, found: list[Kernel], theirs: int) -> 
     cached = mask == "cached"
     visible = splash.MASKS[mask]
     keys = shapes.CONTEXT if cached else visible.m
-    chosen = tiles.choose(chip, visible.n, keys, shapes.HEAD_DIM, cached)
-    tile = chosen.backward if backward else chosen.bounded
-    name = f"flash_backward_{tile.form}" if backward else "flash_forward_bounded"
+    chosen = tiles.choose(chip, visible.n, keys, cached)
+    tile = chosen.backward if backward else chosen.fixed_max
+    name = f"flash_backward_{tile.form}" if backward else "flash_forward_fixed_max"
     kernel = next(k for k in found if name in k.name)
     if cached:
         plan = Plan(shapes.CACHED, tile.block_q, tile.block_k, slots=shapes.CONTEXT, limited=True)

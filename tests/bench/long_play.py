@@ -13,10 +13,10 @@ import jax
 import jax.monitoring
 import numpy as np
 import psutil
+from lingbot_jax.rollout.stream import Session, SessionConfig
 
 from lingbot_jax.control import keyboard
 from lingbot_jax.rollout.causal import CausalConfig
-from lingbot_jax.rollout.stream import Session, SessionConfig
 from tests.rollout.worlds import codec, text, world
 
 WARM_UP = 60  # steps before the first measurement: the window is full and allocators have settled

@@ -27,15 +27,15 @@ from tests.bench.static_cycles import CHIPS, TOPOLOGIES, CompileError, measure, 
 HEAD_DIM = 128
 # The masks a kernel's tiles are weighed by, at 480p; a chunk on a cache has tiles of its own.
 MASKS = {
-    "bounded": (shapes.FULL, shapes.BLOCK_CAUSAL),
-    "lagged": (shapes.FULL, shapes.BLOCK_CAUSAL),
+    "fixed_max": (shapes.FULL, shapes.BLOCK_CAUSAL),
+    "stale_max": (shapes.FULL, shapes.BLOCK_CAUSAL),
     "backward": (shapes.FULL, shapes.BLOCK_CAUSAL),
     "cached": (shapes.CACHED,),
 }
 CANDIDATES = {
-    "bounded": [((q, 1024), (c,)) for q, c in itertools.product((1024, 2048), (512, 1024))],
+    "fixed_max": [((q, 1024), (c,)) for q, c in itertools.product((1024, 2048), (512, 1024))],
     "cached": [((q, k), (c,)) for q in (2432, 4736) for k, c in ((1024, 512), (1280, 256), (1280, 640))],
-    "lagged": [((q, 1024), (c,)) for q, c in itertools.product((512, 1024), (512, 1024))],
+    "stale_max": [((q, 1024), (c,)) for q, c in itertools.product((512, 1024), (512, 1024))],
     "backward": [
         (block, (chunk, form))
         for block, chunk, form in itertools.product(
@@ -58,7 +58,7 @@ def build(devices, kind: str, block: tuple[int, int], rest: tuple):
         tiles = ForwardTiles(*block, *rest, vmem_limit=48 << 20)
         valid = jnp.zeros((3, 2), jnp.int32)
         local = lambda q, k, v, keys, values: flash_forward(
-            q, k, v, Mask.full(n, n), tiles, form="bounded", context=Context(keys, values, valid)
+            q, k, v, Mask.full(n, n), tiles, form="fixed_max", context=Context(keys, values, valid)
         )
         arrays = ["rows"] * 5
     else:

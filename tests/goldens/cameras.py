@@ -44,7 +44,7 @@ def cam_synth(case):
         deltas = poses.relative(latent, "previous", "max_norm")
         yield f"{p}/pipeline_rel", deltas, case[f"{p}/pipeline_rel"], SYNTH
         yield f"{p}/plucker", plucker.rays(deltas, intrinsics[:1], *size), case[f"{p}/plucker"], SYNTH
-        packed = plucker.clip_control(c2w, intrinsics, None, "cam", *size, STRIDE)
+        packed = plucker.control(deltas, intrinsics[:1], None, "cam", *size, STRIDE)
         yield f"{p}/packed", packed, _packed(case[f"{p}/packed"]), SYNTH
         yield f"{p}/pipeline_dims", [len(c2w), *packed.shape[:3]], dims[: LATENT_W + 1], EXACT
         # The mask marks the given pixel frames, here the first alone, in all channels of its latent frame.

@@ -9,7 +9,7 @@ from lingbot_jax.models.attention import KV, Attend
 from lingbot_jax.models.dit import Condition, WorldDiT
 from lingbot_jax.rollout import causal, masks
 from lingbot_jax.rollout.cache import KVCache
-from lingbot_jax.rollout.causal import CausalConfig
+from lingbot_jax.worlds.config import CausalConfig
 from tests.golden import EXACT, Case, Tolerance
 from tests.goldens.networks_dit import load_dit, pad_text
 
@@ -93,12 +93,9 @@ def cached(case: Case):
     noisy, clean = channels_last(case["x_noisy"]), channels_last(case["x_clean"])
     chunks, _, batch, t, height, width, _ = noisy.shape
     windowed = config["local_attn_size"] != -1
-    layout = CausalConfig(
-        chunk=t,
-        window=config["local_attn_size"] if windowed else None,
-        sink=config["sink_size"],
-        positions="absolute",
-    ).layout(model.config, height, width, frames=chunks * t)
+    window = config["local_attn_size"] if windowed else None
+    settings = CausalConfig(chunk=t, window=window, sink=config["sink_size"], positions="absolute")
+    layout = causal.cache_layout(settings, model.config, height, width, frames=chunks * t)
     cache = KVCache.empty(model.config, layout, batch)
     out_noisy, out_clean, tokens, ends = [], [], [], []
     tokens_end = 0
@@ -166,6 +163,9 @@ def trained(case: Case):
         yield name, channels_first(velocity[:, frames:]), case[name], OUTPUT
 
 
+one_chunk = jax.jit(causal.generate_chunk, static_argnames="config", donate_argnames="cache")
+
+
 def sampled(case: Case):
     """causal_rollout: the few-step sampler, chunk after chunk."""
     config, model = case.config, load_dit(case.config, case.weights())
@@ -192,12 +192,13 @@ def sampled(case: Case):
         shape = (1, config["chunk"], height, width, noise.shape[-1])
         start, later = noise.reshape(chunks, 1, *shape), renoise.reshape(chunks, steps - 1, *shape)
         draws = jnp.concatenate([start, later], axis=1)
-        layout = causal_config.layout(model.config, height, width, frames=frames)
-        cache = KVCache.empty(model.config, layout, 1)
-        latents, _ = jax.jit(causal.rollout, static_argnames="config")(
-            model, cache, text(case, model), draws, causal_config
-        )
-        yield f"{prefix}/latents", jnp.moveaxis(latents, -1, 2), case[f"{prefix}/latents"], OUTPUT
+        layout = causal.cache_layout(causal_config, model.config, height, width, frames=frames)
+        cache, made = KVCache.empty(model.config, layout, 1), []
+        for chunk in draws:
+            latents, cache = one_chunk(model, cache, text(case, model), chunk, config=causal_config)
+            made.append(latents)
+        ours = jnp.moveaxis(jnp.concatenate(made, 1), -1, 2)
+        yield f"{prefix}/latents", ours, case[f"{prefix}/latents"], OUTPUT
 
 
 CASES = {"causal_kv": cached, "causal_train": trained, "causal_rollout": sampled}

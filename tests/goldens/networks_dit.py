@@ -90,10 +90,11 @@ def taps(model: WorldDiT, latents, timestep, condition: Condition) -> dict[str, 
     )
     _, time = model.time(timestep if timestep.ndim == 3 else timestep[..., None])
     found = {"context_emb": text, "e0": time}
-    x = found["block0_in"] = model.embed_latents(latents, model.embed_given(condition))
+    x = found["block0_in"] = model.embed_latents(latents, model.embed_conditioning(condition))
     for i in range(model.config.layers):
         block = jax.tree.map(lambda p: p[i], model.blocks)  # noqa: B023 - used at once
-        x, _ = block(x, time, block.prepare(text, control), table, Attend(), None)
+        own = (block.prepare_text(text), block.prepare_control(control))
+        x, _ = block(x, time, *own, table, Attend(), None)
         found["block0_out" if i == 0 else "blocklast_out"] = x
     if control is not None:
         found["cam_emb"] = control

@@ -37,7 +37,7 @@ def test_compiles(case, chip, devices):
     fn, args = aot_cases.CASES[case](devices(chip))
     compiled = jax.jit(fn).lower(*args).compile()
     text = compiled.as_text()
-    for kernel in ("flash_forward_bounded", "flash_forward_lagged"):
+    for kernel in ("flash_forward_fixed_max", "flash_forward_stale_max"):
         assert kernel in text
     assert ("flash_backward" in text) == ("backward" in case)
     used = [int(x) for x in re.findall(r'"used_scoped_memory_configs":\[[^]]*?"size":"(\d+)"', text)]
@@ -51,20 +51,20 @@ def test_compiles(case, chip, devices):
 @pytest.mark.parametrize("case", ["flash_full_forward", "flash_block_causal_forward"])
 def test_forward_cases_lower(case, devices):
     fn, args = aot_cases.CASES[case](devices("v6e"))
-    assert "flash_forward_bounded" in jax.jit(fn).lower(*args).as_text()
+    assert "flash_forward_fixed_max" in jax.jit(fn).lower(*args).as_text()
 
 
 @pytest.mark.parametrize("chip", CHIPS)
 def test_tile_flops_hold_on_every_generation(chip):
     """One figure a case: the area of a tile is the same everywhere."""
-    full = tiles.choose(chip, shapes.TOKENS, shapes.TOKENS, shapes.HEAD_DIM)
-    cached = tiles.choose(chip, shapes.CHUNK, shapes.CONTEXT, shapes.HEAD_DIM, cached=True)
+    full = tiles.choose(chip, shapes.TOKENS, shapes.TOKENS)
+    cached = tiles.choose(chip, shapes.CHUNK, shapes.CONTEXT, cached=True)
     area = lambda tile: tile.block_q * tile.block_k * shapes.HEAD_DIM
     flops = aot_cases.TILE_FLOPS
     assert flops.keys() == aot_cases.CASES.keys()
-    assert 4 * area(full.bounded) == flops["flash_full_forward"] == flops["flash_block_causal_forward"]
+    assert 4 * area(full.fixed_max) == flops["flash_full_forward"] == flops["flash_block_causal_forward"]
     assert 10 * area(full.backward) == flops["flash_full_backward"] == flops["flash_block_causal_backward"]
-    assert 4 * area(cached.bounded) == flops["cached_forward"]
+    assert 4 * area(cached.fixed_max) == flops["cached_forward"]
 
 
 def test_tiles_fit_the_shape():

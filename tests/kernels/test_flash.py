@@ -12,13 +12,13 @@ from hypothesis import strategies as st
 
 from kernels_pallas.cached_attention import cached_attention
 from kernels_pallas.context import Context, valid_slots
-from kernels_pallas.flash_attention import SCORE_LOG2, bounded_is_safe, flash_attention
+from kernels_pallas.flash_attention import SCORE_LOG2, fixed_max_is_safe, flash_attention
 from kernels_pallas.flash_backward import with_offset
 from kernels_pallas.flash_forward import LOG2_E, flash_forward
 from kernels_pallas.mask import Mask
 from kernels_pallas.steps import CLEAR, MASKED, Plan, key_block, query_block
 from kernels_pallas.tiles import BackwardTiles, ForwardTiles, Tiles
-from tests.kernels import oracle
+from tests.kernels import numpy_reference
 
 BF16 = jnp.bfloat16
 
@@ -34,8 +34,8 @@ def normal(key, *shape):
 
 
 def check(got, q, k, v, seen, g, names=("out", "dq", "dk", "dv")):
-    exact = oracle.attention(q, k, v, seen, g)
-    limits = oracle.bound(q, k, v, exact)
+    exact = numpy_reference.attention(q, k, v, seen, g)
+    limits = numpy_reference.bound(q, k, v, exact)
     for name, x, want, limit in zip(names, got, exact, limits, strict=False):
         error = np.abs(np.asarray(x, np.float64) - want).max()
         assert error <= limit, f"{name}: error {error:.3g} above the bound {limit:.3g}"
@@ -108,9 +108,11 @@ def test_cached_equals_float64():
         out, dq, dk, dv = run(q, k, v, g, *wild, valid_slots(*intervals))
         both = [jnp.concatenate([old, new], axis=1) for old, new in ((keys, k), (values, v))]
         seen = np.concatenate([np.repeat(~hidden[None], n, 0), np.ones((n, n), bool)], axis=1)[None]
-        exact = oracle.attention(q, *both, seen, g)
+        exact = numpy_reference.attention(q, *both, seen, g)
         exact = exact[0], exact[1], exact[2][:, slots:], exact[3][:, slots:]
-        for x, want, limit in zip((out, dq, dk, dv), exact, oracle.bound(q, *both, exact), strict=True):
+        for x, want, limit in zip(
+            (out, dq, dk, dv), exact, numpy_reference.bound(q, *both, exact), strict=True
+        ):
             assert np.abs(np.asarray(x, np.float64) - want).max() <= limit
 
 
@@ -136,7 +138,7 @@ def attend(request):
             flash_attention, generation="v6e", tiles=tiles(request.param), key_lengths=lengths, interpret=True
         )
         out, vjp = jax.vjp(f, q, k, v)
-        return bounded_is_safe(q, k, v), out, *vjp(g)
+        return fixed_max_is_safe(q, k, v), out, *vjp(g)
 
     return run
 
@@ -150,40 +152,40 @@ def test_hostile_inputs(attend, length):
         assert bool(safe) == (name == "ordinary"), name
         assert all(np.isfinite(np.asarray(x, np.float32)).all() for x in got), name
         seen = np.broadcast_to(np.arange(640) < length, (1, 100, 640))
-        exact = oracle.attention(q, k, v, seen, g)
+        exact = numpy_reference.attention(q, k, v, seen, g)
         error = np.abs(np.asarray(got[0], np.float64) - exact[0]).max()
-        assert error <= oracle.bound(q, k, v, exact)[0], (name, error)
+        assert error <= numpy_reference.bound(q, k, v, exact)[0], (name, error)
 
 
 @pytest.mark.parametrize("sign", [1, -1])
-def test_bounded_form_holds_to_its_limit(sign):
-    """Scores at the very edge of what `bounded_is_safe` lets through, of either sign, are still within the bound."""
+def test_fixed_max_form_holds_to_its_limit(sign):
+    """Scores at the very edge of what `fixed_max_is_safe` lets through, of either sign, are still within the bound."""
     size = SCORE_LOG2 / LOG2_E * 64**0.5 / 64 * 0.99  # per channel: q of ones, k of this
     q = jnp.ones((1, 128, 1, 64), BF16)
     # All keys alike, so the exponentials keep their size through the sum, and one value stands out.
     k = jnp.full((1, 512, 1, 64), sign * size, BF16)
     v = normal(2, 1, 512, 1, 64)
-    assert bounded_is_safe(q, k, v) and not bounded_is_safe(q, 1.1 * k, v)
+    assert fixed_max_is_safe(q, k, v) and not fixed_max_is_safe(q, 1.1 * k, v)
     run = lambda *x: flash_forward(
-        *x, Mask.full(128, 512), ForwardTiles(128, 256, 128), form="bounded", interpret=True
+        *x, Mask.full(128, 512), ForwardTiles(128, 256, 128), form="fixed_max", interpret=True
     )
     out, lse = jax.jit(run)(q, k, v)
     seen = np.ones((1, 128, 512), bool)
-    exact = oracle.attention(q, k, v, seen, jnp.zeros_like(q))
-    assert np.abs(np.asarray(out, np.float64) - exact[0]).max() <= oracle.bound(q, k, v, exact)[0]
+    exact = numpy_reference.attention(q, k, v, seen, jnp.zeros_like(q))
+    assert np.abs(np.asarray(out, np.float64) - exact[0]).max() <= numpy_reference.bound(q, k, v, exact)[0]
     score = float(np.asarray(k, np.float64)[0, 0, 0, 0]) * 8
     np.testing.assert_allclose(lse, score + np.log(512), rtol=1e-5)
 
 
-def test_rms_normed_inputs_take_the_bounded_form():
-    """RMS-normed q and k with gains up to 2.2 each at head_dim 128 (a b = 4.84) are proved safe, larger ones not."""
+def test_rms_normed_inputs_take_the_fixed_max_form():
+    """RMS-normed q and k with scales up to 2.2 each at head_dim 128 (a b = 4.84) are proved safe, larger ones not."""
     unit = lambda key: (lambda x: x / jnp.sqrt(jnp.mean(x * x, -1, keepdims=True)))(
         jax.random.normal(jax.random.key(key), (1, 64, 2, 128))
     )
     q, k, v = unit(0), unit(1), unit(2).astype(BF16)
-    assert bounded_is_safe((2.2 * q).astype(BF16), (2.2 * k).astype(BF16), v)
-    assert not bounded_is_safe((2.3 * q).astype(BF16), (2.3 * k).astype(BF16), v)
-    assert not bounded_is_safe(q.at[0, 0, 0, 0].set(jnp.nan).astype(BF16), k.astype(BF16), v)
+    assert fixed_max_is_safe((2.2 * q).astype(BF16), (2.2 * k).astype(BF16), v)
+    assert not fixed_max_is_safe((2.3 * q).astype(BF16), (2.3 * k).astype(BF16), v)
+    assert not fixed_max_is_safe(q.at[0, 0, 0, 0].set(jnp.nan).astype(BF16), k.astype(BF16), v)
 
 
 def test_offset_channels_hold_a_float32():

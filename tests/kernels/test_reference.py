@@ -1,4 +1,4 @@
-"""The oracle and the blocked CPU form against float64 NumPy, forward and gradient."""
+"""The plain form and the blocked CPU form against float64 NumPy, forward and gradient."""
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +8,7 @@ import pytest
 from kernels_pallas import reference
 from kernels_pallas.context import Context, valid_slots
 from kernels_pallas.mask import Mask
-from tests.kernels import oracle
+from tests.kernels import numpy_reference
 
 CASES = {
     "full": dict(n=40, mask=None),
@@ -39,7 +39,7 @@ def dense(n, m, mask, lengths, context):
     return np.concatenate([slots, seen], axis=2)
 
 
-@pytest.mark.parametrize("way", ["oracle", "dense", "tiled"])
+@pytest.mark.parametrize("way", ["plain", "dense", "tiled"])
 @pytest.mark.parametrize("case", CASES)
 def test_equals_float64(case, way, monkeypatch):
     case = CASES[case]
@@ -48,7 +48,7 @@ def test_equals_float64(case, way, monkeypatch):
     if way == "tiled":  # several query blocks, key blocks and heads a tile
         for name, value in dict(DENSE_TOKENS=0, BLOCK_K=17, TILE_FLOATS=400).items():
             monkeypatch.setattr(reference, name, value)
-    fn = reference.attention if way == "oracle" else reference.blocked_attention
+    fn = reference.attention if way == "plain" else reference.blocked_attention
     q, k, v, g, context = arrays(n, m, slots)
     key_lengths = None if lengths is None else jnp.array(lengths)
 
@@ -63,7 +63,7 @@ def test_equals_float64(case, way, monkeypatch):
         if slots
         else (k, v)
     )
-    out, dq, dk, dv = oracle.attention(q, *both, dense(n, m, mask, lengths, context), g)
+    out, dq, dk, dv = numpy_reference.attention(q, *both, dense(n, m, mask, lengths, context), g)
     for name, x, want in zip(
         ("out", "dq", "dk", "dv"), got, (out, dq, dk[:, slots:], dv[:, slots:]), strict=True
     ):

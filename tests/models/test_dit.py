@@ -8,12 +8,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.extend.core import jaxprs_in_params
+from jax.sharding import AbstractDevice, AbstractMesh
 
 from kernels_pallas.context import Context, valid_slots
+from kernels_pallas.flash_attention import flash_attention
 from kernels_pallas.mask import Mask
+from kernels_pallas.reference import attention
 from lingbot_jax.config import ConfigError
 from lingbot_jax.models import params, rope
-from lingbot_jax.models.attention import Attend
+from lingbot_jax.models.attention import Attend, attend_local
 from lingbot_jax.models.control import is_adapter
 from lingbot_jax.models.dit import WorldDiT
 from lingbot_jax.models.layers import sinusoid
@@ -42,6 +45,62 @@ def test_precompute_gives_the_same_numbers(model):
     prepared = jax.jit(lambda m, c: m.precompute(c))(model, condition)
     expected = forward(model, latents, timestep, condition)
     np.testing.assert_allclose(forward(model, latents, timestep, prepared), expected, atol=2e-5)
+
+
+def test_guidance_shares_all_but_the_text(model):
+    latents, timestep, condition = worlds.inputs()
+    other = dataclasses.replace(condition, text=jnp.zeros_like(condition.text))
+    prepared = jax.jit(WorldDiT.precompute)(model, condition)
+    unconditional = dataclasses.replace(prepared, text=jax.jit(WorldDiT.precompute_text)(model, other.text))
+    expected = forward(model, latents, timestep, other)
+    np.testing.assert_allclose(forward(model, latents, timestep, unconditional), expected, atol=2e-5)
+    assert np.abs(expected - forward(model, latents, timestep, prepared)).max() > 1e-3
+
+    def both(model, condition, text):
+        first = model.precompute(condition)
+        return first, dataclasses.replace(first, text=model.precompute_text(text))
+
+    abstract = params.abstract(lambda key: WorldDiT(CONFIG, key))
+    flops = lambda f, *args: jax.jit(f).lower(abstract, *args).cost_analysis()["flops"]
+    text = flops(WorldDiT.precompute_text, other.text)
+    shared = flops(both, condition, other.text)
+    # The second branch costs its text and nothing else.
+    assert shared == pytest.approx(flops(WorldDiT.precompute, condition) + text, rel=1e-6)
+
+
+def plain(q, k, v, mask, context=None):
+    """A kernel that gives gradients to everything, as published attention does."""
+    flat = lambda x: x.reshape(x.shape[0], -1, *x.shape[3:])
+    return attention(flat(q), flat(k), flat(v), mask, context=context).reshape(q.shape)
+
+
+def flash(q, k, v, mask, context=None):
+    """The TPU's kernels, interpreted; heads of 64."""
+    flat = [x.reshape(x.shape[0], -1, *x.shape[3:]).astype(jnp.bfloat16) for x in (q, k, v)]
+    mask = Mask.full(flat[0].shape[1], flat[0].shape[1])
+    return flash_attention(*flat, mask, context=context, generation="v6e", interpret=True).reshape(q.shape)
+
+
+@pytest.mark.parametrize("kernel", [attend_local, plain, flash])
+def test_no_gradient_goes_into_a_cache(kernel):
+    q, keys, values = jax.random.normal(jax.random.key(0), (3, 1, 1, 4, 1, 64), jnp.bfloat16)
+
+    def loss(q, keys, values):
+        attend = Attend(context=Context(keys[None, 0], values[None, 0], valid_slots((0, 4))), kernel=kernel)
+        out = attend(q, q, q, attend.context.layer(keys[0], values[0]))
+        return jnp.square(out.astype(jnp.float32)).sum()
+
+    dq, *gradients = jax.jit(jax.grad(loss, argnums=(0, 1, 2)))(q, keys, values)
+    assert jnp.abs(dq).max() > 1e-3
+    for gradient in gradients:
+        np.testing.assert_array_equal(gradient, 0)
+
+
+def test_a_tpu_is_never_left_without_kernels():
+    mesh = AbstractMesh((1,), ("data",), abstract_device=AbstractDevice("TPU v5p", 2, platform="tpu"))
+    x = jax.ShapeDtypeStruct((1, 2, 4, 2, 8), jnp.bfloat16)
+    with jax.sharding.use_abstract_mesh(mesh), pytest.raises(ConfigError, match="plain attention on a TPU"):
+        jax.eval_shape(attend_local, x, x, x)
 
 
 def test_precompute_saves_its_flops():
@@ -172,7 +231,7 @@ def test_untrained_adapters_change_nothing():
 
 def test_adapters_are_the_embedding_and_the_injections():
     model = params.abstract(lambda key: WorldDiT(CONFIG, key))
-    named = {name for name in params.flat_params(model) if is_adapter(tuple(name.split(".")), None)}
+    named = {name for name in params.flat_params(model) if is_adapter(name)}
     linears = ["control.mlp.up", "control.mlp.down", "blocks.control.mlp.up", "blocks.control.mlp.down"]
     linears += ["control.patch", "blocks.control.scale", "blocks.control.shift"]
     assert named == {f"{name}.{part}" for name in linears for part in ("kernel", "bias")}

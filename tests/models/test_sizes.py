@@ -1,7 +1,6 @@
 """The named sizes build without allocating, and have the parameters that arithmetic says."""
 
 import dataclasses
-import time
 
 import pytest
 
@@ -9,7 +8,6 @@ from lingbot_jax.models import params
 from lingbot_jax.models.config import W1_3B, W14B, DiTConfig
 from lingbot_jax.models.control import is_adapter
 from lingbot_jax.models.dit import WorldDiT
-from lingbot_jax.models.experts import NoiseExperts
 
 
 def by_hand(c: DiTConfig) -> tuple[int, int]:
@@ -29,22 +27,15 @@ def by_hand(c: DiTConfig) -> tuple[int, int]:
 
 @pytest.mark.parametrize("config, millions", [(W14B, (14_290, 18_540)), (W1_3B, (1_420, 1_710))])
 def test_parameter_counts(config, millions):
-    start = time.perf_counter()
     model = params.abstract(lambda key: WorldDiT(config, key))
-    assert time.perf_counter() - start < 20
     sizes = {name: p.size for name, p in params.flat_params(model).items()}
-    adapters = sum(size for name, size in sizes.items() if is_adapter(tuple(name.split(".")), None))
+    adapters = sum(size for name, size in sizes.items() if is_adapter(name))
     base, expected_adapters = by_hand(config)
     assert (sum(sizes.values()) - adapters, adapters) == (base, expected_adapters)
     # The published round figures, to the last digit they give (FACTS: 14.29B and 18.54B).
     assert [round(n / 1e7) for n in (base, base + adapters)] == [n // 10 for n in millions]
     bare = params.abstract(lambda key: WorldDiT(dataclasses.replace(config, control="none"), key))
     assert params.count(bare) == base
-
-
-def test_both_experts_build_abstractly():
-    experts = params.abstract(lambda key: NoiseExperts(W14B, key))
-    assert params.count(experts) == 2 * sum(by_hand(W14B))
 
 
 def test_every_parameter_has_axes_for_the_sharding_table():

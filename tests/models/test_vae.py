@@ -132,9 +132,9 @@ def test_wrong_sizes_are_named(vae):
         stream = jax.eval_shape(lambda: vae.init_encode_stream(1, 16, 16))
         video = jax.ShapeDtypeStruct((1, 3, 16, 16, 3), jnp.float32)
         jax.eval_shape(functools.partial(vae.encode_chunk, first=False), video, stream)
-    with pytest.raises(ConfigError, match="vae.std = .* must be positive"):
+    with pytest.raises(ConfigError, match="std"):
         VAEConfig(channels=1, mean=(0.0,), std=(0.0,))
-    with pytest.raises(ConfigError, match="vae.mean = .* needs 4 channels"):
+    with pytest.raises(ConfigError, match="mean = .* needs 4 channels"):
         VAEConfig(channels=4)
-    with pytest.raises(ConfigError, match="vae.time_strides"):
+    with pytest.raises(ConfigError, match="time_strides"):
         VAEConfig(mults=(1, 2))

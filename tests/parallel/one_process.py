@@ -1,6 +1,6 @@
 """Programs that `test_two_processes` runs in processes of their own.
 
-python -m tests.parallel.one_process merged FOLDER RUN    one process, both processes' data
+python -m tests.parallel.one_process alone FOLDER RUN     the run's config in one process, on one device
 python -m tests.parallel.one_process restore FOLDER RUN   onto one and onto four devices
 """
 
@@ -11,53 +11,27 @@ import sys
 import jax
 import numpy as np
 
-from lingbot_jax.data.loader import TrainLoader
-from lingbot_jax.models.codec import load_linear
-from lingbot_jax.models.text import HashedNgramEncoder
-from lingbot_jax.parallel.mesh import MeshConfig, make_mesh
-from lingbot_jax.training.checkpoints import load_config, load_ema
+from lingbot_jax.models import params
+from lingbot_jax.parallel.mesh import make_mesh
 from lingbot_jax.training.loop import train
+from lingbot_jax.training.run_dir import load_config
+from lingbot_jax.worlds.open import open_world
+from tests.training import micro
 
 
-class Merged:
-    """The loaders of all parts of a batch as one: their windows behind each other."""
-
-    def __init__(self, loaders):
-        self._loaders = loaders
-
-    def __next__(self):
-        windows = [next(loader) for loader in self._loaders]
-        merged = {name: np.concatenate([w[name] for w in windows]) for name in windows[0]}
-        assert len(set(merged["record_ids"])) == len(merged["record_ids"]), "a clip was loaded twice"
-        return merged
-
-    def get_state(self):
-        return {}
-
-    def close(self):
-        for loader in self._loaders:
-            loader.close()
-
-
-def merged(folder: pathlib.Path, run: str) -> None:
-    """Trains like the two processes of `run`, in one process on one device, into `run`-merged."""
+def alone(folder: pathlib.Path, run: str) -> None:
+    """Trains like the two processes of `run`, in one process on one device, into `run`-alone."""
     config = load_config(folder / run)
-    parts = {phase.data: phase.mesh.fsdp for phase in config.phases()}
-    alone = tuple(dataclasses.replace(phase, mesh=MeshConfig()) for phase in config.curriculum)
-    config = dataclasses.replace(config, run=str(folder / f"{run}-merged"), curriculum=alone)
-    text_encoder = HashedNgramEncoder(config.model.text_dim, config.model.text_len)
-
-    def make_loader(data, _, transform):
-        return Merged([TrainLoader(data, (index, parts[data]), transform) for index in range(parts[data])])
-
-    train(config, load_linear(config.codec), text_encoder, make_loader=make_loader)
+    phases = tuple(dataclasses.replace(phase, mesh=micro.mesh()) for phase in config.curriculum)
+    codec = str(folder / "codec")
+    train(dataclasses.replace(config, run=str(folder / f"{run}-alone"), curriculum=phases, codec=codec))
 
 
 def restore(folder: pathlib.Path, run: str) -> None:
     """Reads what two processes wrote onto one and onto four devices; every value arrives, in its place."""
     assert jax.device_count() == 4
-    four = load_ema(folder / run, make_mesh(MeshConfig(1, 2, 2)))
-    one = load_ema(folder / run)
+    meshes = make_mesh(micro.mesh(1, 2, 2)), make_mesh(micro.mesh(), jax.devices()[:1])
+    four, one = (params.arrays_of(open_world(folder / run, mesh).networks["world"]) for mesh in meshes)
     assert one.keys() == four.keys() and one
     for path, array in four.items():
         np.testing.assert_array_equal(array, one[path], err_msg=path)
@@ -68,4 +42,4 @@ def restore(folder: pathlib.Path, run: str) -> None:
 
 if __name__ == "__main__":
     command, folder, *rest = sys.argv[1:]
-    {"merged": merged, "restore": restore}[command](pathlib.Path(folder), *rest)
+    {"alone": alone, "restore": restore}[command](pathlib.Path(folder), *rest)

@@ -28,9 +28,10 @@ class Model(nnx.Module):
         self.head = params.param(key, (16, 5), (ax.EMBED, ax.OUTPUT))
 
 
-def by_path(tree):
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
-    return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
+def placed(make, mesh=MESH):
+    """Shardings of a module's parameters by path."""
+    model = params.abstract(make)
+    return sharding.shardings_by_path(params.arrays_of(model), params.logical_axes(model), mesh)
 
 
 def test_every_logical_axis_is_in_the_table():
@@ -38,41 +39,26 @@ def test_every_logical_axis_is_in_the_table():
 
 
 def test_parameters_are_split_over_fsdp_and_seq():
-    placed = by_path(sharding.shardings(params.abstract(Model), MESH))
-    specs = {path: s.spec for path, s in placed.items()}
-    assert specs == {
-        "blocks.scale.value": PartitionSpec(None, SPLIT),
-        "blocks.up.value": PartitionSpec(None, SPLIT, None),
-        "head.value": PartitionSpec(SPLIT, None),
+    assert {path: s.spec for path, s in placed(Model).items()} == {
+        "blocks.scale": PartitionSpec(None, SPLIT),
+        "blocks.up": PartitionSpec(None, SPLIT, None),
+        "head": PartitionSpec(SPLIT, None),
     }
 
 
-@pytest.mark.parametrize("wrap", [lambda m: m, lambda m: nnx.state(m, nnx.Param)], ids=["module", "state"])
-def test_optimiser_moments_follow_their_parameters(wrap):
-    model = wrap(params.abstract(Model))
-    state = jax.eval_shape(optax.adamw(1e-3).init, model)
-    placed = by_path(sharding.shardings(state, MESH))
-    moments = {path: s.spec for path, s in placed.items() if ".mu." in path or ".nu." in path}
-    assert len(moments) == 6
-    assert all(any(part == SPLIT for part in spec) for spec in moments.values())
-    counts = [s.spec for path, s in placed.items() if path.endswith("count")]
-    assert counts and all(c == PartitionSpec() for c in counts)
-
-
-def test_dictionaries_by_path_are_placed_alike():
+def test_optimiser_moments_follow_their_parameters():
     model = params.abstract(Model)
-    arrays = {path: leaf.get_value() for path, leaf in params.flat_params(model).items()}
+    arrays = params.arrays_of(model)
     state = jax.eval_shape(optax.adamw(1e-3).init, arrays)
-    placed = sharding.shardings_by_path((arrays, state), params.logical_axes(model), MESH)
-    specs = [s.spec for s in jax.tree.leaves(placed)]
+    places = sharding.shardings_by_path((arrays, state), params.logical_axes(model), MESH)
+    specs = [s.spec for s in jax.tree.leaves(places)]
     assert sum(any(part == SPLIT for part in s) for s in specs) == 9  # parameters and two moments of each
     assert sum(s == PartitionSpec() for s in specs) == len(specs) - 9 > 0
 
 
-def test_bytes_a_device():
-    model = params.abstract(Model)
-    model = sharding.specs(model, sharding.shardings(model, MESH))
-    assert sharding.count_bytes(model) == 4 * (3 * (16 * 24 + 16) + 16 * 5) // 8
+def test_bytes_per_device():
+    arrays = sharding.specs(params.arrays_of(params.abstract(Model)), placed(Model))
+    assert sharding.count_bytes(arrays) == 4 * (3 * (16 * 24 + 16) + 16 * 5) // 8
 
 
 def test_refusals_name_the_numbers():
@@ -81,9 +67,9 @@ def test_refusals_name_the_numbers():
     with pytest.raises(ConfigError, match=r"'width' is not in the sharding table"):
         sharding.spec(("width",))
     with pytest.raises(ConfigError, match=r"scale \(12,\): 12 does not divide over fsdp x seq = 8 devices"):
-        sharding.shardings(params.abstract(lambda key: Block(key, width=12)), MESH)
+        placed(lambda key: Block(key, width=12))
     with pytest.raises(ConfigError, match=r"mesh axis 'fsdp' is not one of \('rows',\)"):
-        sharding.shardings(params.abstract(Block), AbstractMesh((8,), ("rows",)))
+        placed(Block, AbstractMesh((8,), ("rows",)))
 
 
 def test_without_a_mesh_nothing_happens():
@@ -91,4 +77,3 @@ def test_without_a_mesh_nothing_happens():
     assert sharding.gathered(block.up, jnp.bfloat16).dtype == jnp.bfloat16
     tokens = jnp.zeros((1, 2, 3, 4))
     assert sharding.constrain_tokens(tokens) is tokens
-    assert sharding.constrain_like(block) is block

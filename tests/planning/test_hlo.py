@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lingbot_jax.parallel.hlo import Program, replica_groups
+from lingbot_jax.planning.collectives import collectives, replica_groups
+from lingbot_jax.planning.hlo import HloModule
 
 MESH = {"data": 1, "fsdp": 2, "seq": 4}
 ROWS = [[0, 1, 2, 3], [4, 5, 6, 7]]  # along seq
@@ -65,9 +66,9 @@ ENTRY %main (arg: f32[16,8]) -> f32[16,8] {
 
 
 def test_a_loop_counts_as_often_as_it_runs():
-    program = Program(PROGRAM)
+    program = HloModule(PROGRAM)
     assert program.matmul_flops() == 40 * 2 * 16 * 8 * 8
-    gather, reduce = sorted(program.collectives(MESH), key=lambda c: c.kind)
+    gather, reduce = sorted(collectives(program, MESH), key=lambda c: c.kind)
     assert (gather.kind, gather.axes, gather.runs, gather.op) == (
         "all-gather",
         ("seq",),
@@ -88,7 +89,7 @@ def test_counts_equal_xla_for_a_program_without_loops():
     f = jax.jit(lambda x, w: jnp.einsum("bnk,bmk->bnm", jnp.tanh(x @ w), x))
     compiled = f.lower(jnp.zeros((3, 64, 32)), jnp.zeros((32, 32))).compile()
     exact = 2 * 3 * 64 * 32 * 32 + 2 * 3 * 64 * 64 * 32
-    program = Program(compiled.as_text())
+    program = HloModule(compiled.as_text())
     assert program.matmul_flops() in (0, exact)  # 0 where XLA:CPU calls a library
     assert compiled.cost_analysis()["flops"] >= exact
 
@@ -102,14 +103,14 @@ def test_batch_dots_of_tpus_are_not_overcounted():
         "  %whole =",
         "  %lhs = bf16[40,64,16]{2,1,0} constant(0)\n  %rhs = bf16[40,32,16]{2,1,0} constant(0)\n  %whole =",
     )
-    assert Program(text).matmul_flops() == 40 * 2 * 40 * 64 * 32 * 16
+    assert HloModule(text).matmul_flops() == 40 * 2 * 40 * 64 * 32 * 16
 
 
 def test_a_loop_with_its_first_step_taken_out_runs_once_less():
     start = "  %one = s32[] constant(1)\n  %first = s32[] copy(%one)\n  %start ="
     text = PROGRAM.replace("  %start =", start).replace("tuple(%arg)", "tuple(%first, %arg, %arg)")
-    assert Program(text).matmul_flops() == 39 * 2 * 16 * 8 * 8
-    assert Program(text).stacked_bytes(40, known=set()) == 40 * 4 * 8 * 4
+    assert HloModule(text).matmul_flops() == 39 * 2 * 16 * 8 * 8
+    assert HloModule(text).stacked_bytes(40, known=set()) == 40 * 4 * 8 * 4
 
 
 def test_a_collective_over_several_fusions_counts_once():
@@ -117,22 +118,22 @@ def test_a_collective_over_several_fusions_counts_once():
     gather = PROGRAM[PROGRAM.index("  %whole =") : PROGRAM.index("  %y =")]
     chained = gather.replace("metadata=", 'frontend_attributes={chain_id="1"}, metadata=')
     text = PROGRAM.replace(gather, chained)
-    assert [c.kind for c in Program(text).collectives(MESH)] == ["all-reduce"]
+    assert [c.kind for c in collectives(HloModule(text), MESH)] == ["all-reduce"]
     begun = chained + '  %go = u32[] custom-call(%whole), custom_call_target="AsyncCollectiveStart"\n'
-    assert len(Program(PROGRAM.replace(gather, begun)).collectives(MESH)) == 2
+    assert len(collectives(HloModule(PROGRAM.replace(gather, begun)), MESH)) == 2
 
 
 def test_sums_between_slices_are_sends():
     sent = "  %s = (f32[16,8]{1,0}, u32[], token[]) send(%y, %i), is_host_transfer=true, frontend_attributes="
     sent += '{_xla_megascale_target="{1,2}x{0:7}",_xla_megascale_transfer_type="ALL_REDUCE"}\n'
     text = PROGRAM.replace("  ROOT %out", sent + "  ROOT %out")
-    found = [c for c in Program(text).collectives(MESH | {"data": 2}) if c.axes == ("data",)]
+    found = [c for c in collectives(HloModule(text), MESH | {"data": 2}) if c.axes == ("data",)]
     assert [(c.kind, c.bytes) for c in found] == [("all-reduce", 40 * 2 * 16 * 8 * 4 / 2)]
 
 
 def test_unreadable_text_is_refused():
     with pytest.raises(ValueError, match="no ENTRY"):
-        Program("not a program")
+        HloModule("not a program")
     with pytest.raises(ValueError, match="unknown form"):
         replica_groups("dimensions={0}")
     assert replica_groups("source_target_pairs={{0,1},{1,0}}").shape == (2, 2)

@@ -4,8 +4,9 @@ import dataclasses
 
 import pytest
 
-from lingbot_jax.parallel.hlo import Collective, Shape
-from lingbot_jax.parallel.intended import Intended, Matrix, state_faults
+from lingbot_jax.planning.collectives import Collective
+from lingbot_jax.planning.hlo import Shape
+from lingbot_jax.planning.intended import Intended, Matrix, state_faults
 
 INTENDED = Intended(
     mesh={"data": 1, "fsdp": 8, "seq": 8},

@@ -13,10 +13,10 @@ from lingbot_jax.models.attention import Attend
 from lingbot_jax.models.dit import Condition
 from lingbot_jax.rollout import causal, masks
 from lingbot_jax.rollout.cache import KVCache
-from lingbot_jax.rollout.causal import CausalConfig
-from tests.rollout.worlds import TINY, world
+from lingbot_jax.worlds.config import CausalConfig
+from tests.rollout.worlds import TINY, network
 
-H, W = 2, 4  # latent pixels: 2 tokens a frame
+H, W = 2, 4  # latent pixels: 2 tokens per latent frame
 FRAMES = 12
 
 
@@ -41,8 +41,17 @@ def parts(whole: Condition, chunk: int) -> list[Condition]:
     ]
 
 
+def forward(model, cache: KVCache, latents, timestep, part: Condition):
+    """Velocity of a chunk at any noise level, and the cache with it: what training under the mask computes."""
+    attend = causal.attend_cached(model, cache, Attend())
+    velocity, kv = model(
+        latents, timestep, part, attend=attend, positions=cache.positions(latents.shape[1]), return_kv=True
+    )
+    return velocity, cache.write(kv, model.config)
+
+
 def empty(config: CausalConfig, frames: int = FRAMES) -> KVCache:
-    return KVCache.empty(TINY, config.layout(TINY, H, W, frames), 1)
+    return KVCache.empty(TINY, causal.cache_layout(config, TINY, H, W, frames), 1)
 
 
 # The windows wrap around inside a chunk: the ring is not a multiple of it, and in the last one is smaller.
@@ -52,13 +61,13 @@ WINDOWS = [(1, None, 0), (3, None, 0), (1, 4, 1), (3, 9, 1), (3, 5, 1)]
 @pytest.mark.parametrize(("chunk", "window", "sink"), WINDOWS)
 def test_chunks_with_a_cache_equal_the_masked_forward(chunk, window, sink):
     config = CausalConfig(chunk=chunk, window=window, sink=sink, positions="absolute")
-    whole, model = condition(FRAMES), world()
+    whole, model = condition(FRAMES), network()
     rng = np.random.default_rng(1)
     latents = jnp.asarray(rng.normal(size=(1, FRAMES, H, W, 6)), jnp.float32)
     timestep = jnp.asarray(rng.uniform(0, 1000, size=(1, FRAMES)), jnp.float32)
     mask = masks.chunks(FRAMES, chunk, 2, window=window, sink=sink)
     expected = jax.jit(model)(latents, timestep, whole, attend=Attend(mask=mask))
-    step = jax.jit(lambda *args: causal.forward_chunk(*args), donate_argnums=1)
+    step = jax.jit(lambda *args: forward(*args), donate_argnums=1)
     cache, found = empty(config), []
     for i, part in enumerate(parts(whole, chunk)):
         now = slice(i * chunk, (i + 1) * chunk)
@@ -68,13 +77,16 @@ def test_chunks_with_a_cache_equal_the_masked_forward(chunk, window, sink):
     np.testing.assert_allclose(jnp.concatenate(found, 1), expected, atol=1e-4)
 
 
+generate_chunk = jax.jit(causal.generate_chunk, static_argnames="config", donate_argnames="cache")
+
+
 def generated(config: CausalConfig, chunks: int, seed: int = 2, step=None) -> tuple[np.ndarray, KVCache]:
     """Chunk after chunk with one compiled program."""
-    step = step or causal.jit_chunk
+    step = step or generate_chunk
     cache, key, out = empty(config, chunks * config.chunk), jax.random.key(seed), []
     for i, part in enumerate(parts(condition(chunks * config.chunk), config.chunk)):
         noise = causal.draw_noise(key, i, (1, config.chunk, H, W, 6), len(config.levels))
-        latents, cache = step(world(), cache, part, noise, config)
+        latents, cache = step(network(), cache, part, noise, config)
         out.append(np.asarray(latents))
     return np.concatenate(out, 1), cache
 
@@ -97,23 +109,11 @@ def test_one_compilation_for_any_length_and_the_cache_is_donated():
     assert np.isfinite(long).all()
     before = empty(PLAY)
     noise = causal.draw_noise(jax.random.key(0), 0, (1, 2, H, W, 6), 4)
-    lowered = counted.lower(world(), before, condition(2), noise, PLAY)
+    lowered = counted.lower(network(), before, condition(2), noise, PLAY)
     held = before.keys.nbytes + before.values.nbytes
     assert lowered.compile().memory_analysis().alias_size_in_bytes >= held
-    counted(world(), before, condition(2), noise, PLAY)
+    counted(network(), before, condition(2), noise, PLAY)
     assert before.keys.is_deleted() and before.values.is_deleted()
-
-
-def test_scanned_rollout_equals_chunk_by_chunk():
-    chunks = 5
-    expected, last = generated(PLAY, chunks)
-    key = jax.random.key(2)
-    noise = jnp.stack([causal.draw_noise(key, i, (1, 2, H, W, 6), 4) for i in range(chunks)])
-    run = jax.jit(causal.rollout, static_argnames="config", donate_argnames="cache")
-    latents, cache = run(world(), empty(PLAY), condition(chunks * 2), noise, PLAY)
-    np.testing.assert_allclose(latents, expected, atol=1e-4)
-    np.testing.assert_array_equal(cache.frames, last.frames)
-    np.testing.assert_allclose(cache.keys, last.keys, atol=1e-4)
 
 
 def test_relative_positions_without_a_sink_give_the_same_velocities():
@@ -133,7 +133,7 @@ def test_a_window_forgets_and_a_sink_remembers():
         for i, part in enumerate(parts(condition(12), 2)):
             key = jax.random.key(seed if i == 0 else 7)
             noise = causal.draw_noise(key, i, (1, 2, H, W, 6), 4)
-            latents, cache = causal.jit_chunk(world(), cache, part, noise, config)
+            latents, cache = generate_chunk(network(), cache, part, noise, config)
         return np.asarray(latents)
 
     sink = CausalConfig(chunk=2, window=8, sink=2)
@@ -148,22 +148,22 @@ def flops(fn, *args) -> float:
 
 
 def test_the_step_loop_holds_only_what_depends_on_the_noise_level():
-    """XLA counts the body of a loop once: program minus its clean pass alone = one step, as compiled."""
+    """XLA counts the body of a loop once: program minus its cache-update pass alone = one step, as compiled."""
     cache, part = empty(PLAY), condition(2)
     noise = causal.draw_noise(jax.random.key(0), 0, (1, 2, H, W, 6), 4)
-    model = world()
+    model = network()
 
     def program(cache, part, noise):
         return causal.generate_chunk(model, cache, part, noise, PLAY)
 
-    def clean_pass(cache, part, noise):
-        return causal.forward_chunk(model, cache, noise[0], jnp.zeros((1, 2)), model.precompute(part))[1]
+    def update_pass(cache, part, noise):
+        return forward(model, cache, noise[0], jnp.zeros((1, 2)), model.precompute(part))[1]
 
     def one_step(context, x, condition):
         return model(x, jnp.full((1, 2), 5.0), condition, attend=Attend(context=context))
 
     context = cache.context(TINY)
-    step = flops(program, cache, part, noise) - flops(clean_pass, cache, part, noise)
+    step = flops(program, cache, part, noise) - flops(update_pass, cache, part, noise)
     hoisted = flops(one_step, context, noise[0], model.precompute(part))
     whole = flops(one_step, context, noise[0], part)
     assert whole > 1.2 * hoisted  # there is something to hoist
@@ -173,14 +173,12 @@ def test_the_step_loop_holds_only_what_depends_on_the_noise_level():
 
 def test_wrong_configurations_name_the_field():
     for message, values in {
-        "causal.window = 4: must hold sink \\+ chunk": {"chunk": 3, "window": 4, "sink": 2},
-        "causal.sink = 2: means nothing": {"window": None, "sink": 2},
-        "causal.chunk = 0": {"chunk": 0},
-        "causal.levels = \\(\\)": {"levels": ()},
+        "window = 4: must hold sink \\+ chunk": {"chunk": 3, "window": 4, "sink": 2},
+        "sink = 2: means nothing": {"window": None, "sink": 2},
+        "chunk = 0": {"chunk": 0},
+        "levels = \\(\\)": {"levels": ()},
     }.items():
         with pytest.raises(ConfigError, match=message):
             CausalConfig(**values)
-    with pytest.raises(ConfigError, match="latent frames = 5: must be a multiple"):
-        causal.split_chunks(condition(5), 2)
     with pytest.raises(ConfigError, match="causal.window = None: play without"):
-        CausalConfig(window=None, sink=0).layout(TINY, H, W)
+        causal.cache_layout(CausalConfig(window=None, sink=0), TINY, H, W)

@@ -4,28 +4,38 @@ import numpy as np
 import pytest
 
 from lingbot_jax.config import ConfigError
-from lingbot_jax.rollout.windows import count, extend
+from lingbot_jax.rollout.windows import Windows, extend
+
+CASES = [(49, 17, 5, 4), (17, 17, 5, 4), (20, 9, 1, 4), (2, 5, 1, 4), (9, 5, 1, 2), (6, 3, 2, 1)]
 
 
-@pytest.mark.parametrize(("frames", "window", "overlap"), [(49, 17, 5), (17, 17, 5), (20, 9, 1), (2, 5, 1)])
-def test_frames_are_continuous_and_known_frames_are_the_last_ones(frames, window, overlap):
+@pytest.mark.parametrize(("frames", "clip", "overlap", "stride"), CASES)
+def test_frames_are_continuous_and_known_frames_are_the_last_ones(frames, clip, overlap, stride):
     number = lambda start, n: np.arange(start, start + n)[:, None, None, None] * np.ones((1, 2, 2, 3))
     calls = []
 
     def generate(known, start):
         np.testing.assert_array_equal(known, number(start, len(known)))
         calls.append((start, len(known)))
-        return number(start, window).astype(np.uint8)
+        return number(start, clip).astype(np.uint8)
 
-    video = extend(np.zeros((2, 2, 3), np.uint8), frames, window, overlap, generate)
+    windows = Windows(frames, clip, overlap, stride)
+    video = extend(np.zeros((2, 2, 3), np.uint8), windows, generate)
     np.testing.assert_array_equal(video, number(0, frames))
-    assert len(calls) == count(frames, window, overlap)
+    assert len(calls) == windows.count
     assert calls[0] == (0, 1) and all(k == overlap for _, k in calls[1:])
 
 
 @pytest.mark.parametrize(
-    ("window", "overlap", "field"), [(16, 5, "window"), (17, 17, "overlap"), (17, 4, "overlap")]
+    ("clip", "overlap", "line"),
+    [
+        (16, 5, "clip_frames = 16: must be 4n \\+ 1"),
+        (17, 17, "overlap = 17: must be 4n \\+ 1 and less than clip_frames = 17"),
+        (17, 4, "overlap = 4: must be 4n"),
+        (17, -3, "overlap = -3"),
+        (-3, 1, "clip_frames = -3"),
+    ],
 )
-def test_misfits_are_refused(window, overlap, field):
-    with pytest.raises(ConfigError, match=field):
-        extend(np.zeros((2, 2, 3), np.uint8), 40, window, overlap, lambda *_: None)
+def test_misfits_are_refused(clip, overlap, line):
+    with pytest.raises(ConfigError, match=line):
+        Windows(40, clip, overlap)

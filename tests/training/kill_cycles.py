@@ -66,10 +66,13 @@ def main() -> None:
         micro.make_data(folder)
         micro.share_compilations(folder / "compiled", os.environ.__setitem__)
         fields = {
-            "expert": "both",
+            "world": micro.world_config("high", "low"),
             "steps": options.steps,
             "checkpoint": CheckpointConfig(every=3),
-            "curriculum": (Phase(options.steps // 2, frames=9, batch=8, shift=3.0), Phase(options.steps)),
+            "curriculum": (
+                Phase(end_step=options.steps // 2, frames=9, batch=8, shift=3.0),
+                Phase(end_step=options.steps),
+            ),
         }
         whole = micro.config(folder, "whole", **fields)
         micro.train(whole)

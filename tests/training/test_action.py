@@ -81,7 +81,9 @@ def test_frozen_parameters_stay_bit_identical_and_adapters_move():
     shapes = params.arrays_of(template(NETWORK))
     before = {path: np.float32(0.1 * rng.normal(size=leaf.shape)) for path, leaf in shapes.items()}
     trains = lambda network, path: is_adapter(path)
-    config = micro.config(pathlib.Path("unused"), "run", stage="action", world=micro.world_config(network=NETWORK))
+    config = micro.config(
+        pathlib.Path("unused"), "run", stage="action", world=micro.world_config(network=NETWORK)
+    )
     state = init_state(config, {"world": jax.tree.map(jnp.asarray, before)}, trains, {"world": config.steps})
     for _ in range(STEPS):
         state, _ = step(state, batch(), NULL)
@@ -95,5 +97,7 @@ def test_frozen_parameters_stay_bit_identical_and_adapters_move():
 
 @pytest.mark.parametrize("stage", ["world", "action"])
 def test_every_stage_reports_rate_and_norm(stage):
-    metrics = jax.tree.map(lambda s: s.shape, jax.eval_shape(program(stage)[0].fn, *program(stage)[0].args)[1])
+    metrics = jax.tree.map(
+        lambda s: s.shape, jax.eval_shape(program(stage)[0].fn, *program(stage)[0].args)[1]
+    )
     assert {"loss", "loss_noisy", "grad_norm", "learning_rate"} <= metrics.keys()

@@ -11,8 +11,8 @@ import optax
 import pytest
 
 from lingbot_jax.config import ConfigError
-from lingbot_jax.worlds.checkpoints import Checkpoints, SaveFailed
 from lingbot_jax.training.config import CheckpointConfig
+from lingbot_jax.worlds.checkpoints import Checkpoints, SaveFailed
 
 CONFIG = CheckpointConfig(every=1, keep=2)
 

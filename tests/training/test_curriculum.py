@@ -49,10 +49,22 @@ BLIND = micro.world_config(network=dataclasses.replace(micro.NETWORK, control="n
     [
         ({"curriculum": (end(10), end(10))}, "curriculum = (10, 10): end_step must rise from phase to phase"),
         ({"curriculum": (end(10),)}, "curriculum = (10,): the last end_step must reach steps = 40"),
-        ({"optimizer": OptimizerConfig(grad_accum_steps=3)}, "optimizer.grad_accum_steps = 3: must divide data.batch"),
-        ({"curriculum": (end(40, grad_accum_steps=3),)}, "curriculum[0].optimizer.grad_accum_steps = 3: must divide"),
-        ({"curriculum": (end(40, size=(16, 20)),)}, "curriculum[0].size = (16, 20): must be (0, 0), or multiples of"),
-        ({"stage": "action", "world": BLIND}, "world.networks.world.control = 'none': stage action trains adapters"),
+        (
+            {"optimizer": OptimizerConfig(grad_accum_steps=3)},
+            "optimizer.grad_accum_steps = 3: must divide data.batch",
+        ),
+        (
+            {"curriculum": (end(40, grad_accum_steps=3),)},
+            "curriculum[0].optimizer.grad_accum_steps = 3: must divide",
+        ),
+        (
+            {"curriculum": (end(40, size=(16, 20)),)},
+            "curriculum[0].size = (16, 20): must be (0, 0), or multiples of",
+        ),
+        (
+            {"stage": "action", "world": BLIND},
+            "world.networks.world.control = 'none': stage action trains adapters",
+        ),
         ({"codec": None}, "codec = None: give the file"),
     ],
 )

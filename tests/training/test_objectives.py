@@ -50,7 +50,12 @@ def clips(batch: int, t: int = 3, h: int = 1, w: int = 1) -> Encoded:
 def loss_of(error, flow=None, network="world", tasks=None, batch=64, boundary=0.9):
     world = micro.world_config(*{"world": ("world",)}.get(network, ("high", "low")), boundary=boundary)
     config = micro.config(
-        micro.ROOT, "unused", world=world, flow=flow or FlowConfig(), tasks=tasks or TaskConfig(), curriculum=()
+        micro.ROOT,
+        "unused",
+        world=world,
+        flow=flow or FlowConfig(),
+        tasks=tasks or TaskConfig(),
+        curriculum=(),
     )
     made = clips(batch)
     stub = Stub(made.latents, error)

@@ -1,18 +1,20 @@
 """Ulysses, ring and both on eight devices equal attention on one: output and gradients, float32."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.extend.core import jaxprs_in_params
 
 from kernels_pallas.context import Context, valid_slots
 from kernels_pallas.mask import Mask
 from kernels_pallas.reference import attention
 from lingbot_jax.config import ConfigError
 from lingbot_jax.parallel.mesh import MeshConfig, make_mesh
-from lingbot_jax.parallel.sequence import PLAIN, SequenceAttention, stripe
+from lingbot_jax.parallel.sequence import PLAIN, SequenceAttention, local_mask
 
 FRAMES, FRAME, HEADS, SIZE = 6, 16, 8, 8
 TOKENS = FRAMES * FRAME
@@ -28,7 +30,7 @@ def arrays(batch):
     return [jax.random.normal(key, (batch, FRAMES, FRAME, HEADS, SIZE)) for key in keys]
 
 
-def oracle(q, k, v, mask):
+def reference(q, k, v, mask):
     flat = [x.reshape(x.shape[0], TOKENS, HEADS, SIZE) for x in (q, k, v)]
     return attention(*flat, mask).reshape(q.shape)
 
@@ -43,7 +45,7 @@ def with_gradients(function):
 
 @functools.cache
 def want(batch, mask):
-    return with_gradients(lambda q, k, v: oracle(q, k, v, MASKS[mask]))(*arrays(batch))
+    return with_gradients(lambda q, k, v: reference(q, k, v, MASKS[mask]))(*arrays(batch))
 
 
 @pytest.mark.parametrize(
@@ -70,10 +72,10 @@ def test_equals_one_device(sizes, ulysses, mask):
         np.testing.assert_allclose(got, wanted, atol=5e-6, err_msg=f"gradient of {name}")
 
 
-def test_every_device_sees_the_striped_mask():
+def test_every_device_sees_the_local_mask():
     """The mask of one ring step, against the global mask at the tokens the two devices really hold."""
     mask = MASKS["window_sink"]
-    local = stripe(mask, FRAME, 8).dense()
+    local = local_mask(mask, FRAME, 8).dense()
     index = np.arange(TOKENS).reshape(FRAMES, 8, FRAME // 8)
     for queries in range(8):
         for keys in range(8):
@@ -95,7 +97,7 @@ def test_a_cache_is_read_by_ulysses_and_refused_by_a_ring():
 
 def test_uneven_counts_are_refused_at_the_start():
     mesh = make_mesh(MeshConfig(1, 1, 8))
-    with pytest.raises(ConfigError, match="tokens a latent frame: 12 does not divide over seq = 8"):
+    with pytest.raises(ConfigError, match="tokens per latent frame: 12 does not divide over seq = 8"):
         parallel = SequenceAttention(mesh, HEADS, PLAIN)
         jax.eval_shape(lambda x: parallel(x, x, x, None), jnp.zeros((1, 6, 12, 8, 8)))
     with pytest.raises(ConfigError, match="heads = 12: must divide over a Ulysses group of 8 devices"):
@@ -108,11 +110,39 @@ def test_uneven_counts_are_refused_at_the_start():
         jax.eval_shape(lambda x: parallel(x, x, x, Mask.block_causal(96, 24)), jnp.zeros((1, 6, 16, 8, 8)))
 
 
-def test_the_ring_overlaps_and_does_not_gather():
-    """Compiled: keys and values travel by permutes, q by nothing, and no array of all tokens exists."""
-    mesh = make_mesh(MeshConfig(1, 1, 8))
-    parallel = SequenceAttention(mesh, HEADS, PLAIN, 1)
+def bodies(jaxpr):
+    """The bodies of all loops of a program, however deep."""
+    for equation in jaxpr.eqns:
+        loop = equation.primitive.name in ("scan", "while")
+        for sub in jaxprs_in_params(equation.params):
+            if loop:
+                yield sub
+            yield from bodies(sub)
+
+
+def ring_faults(parallel: SequenceAttention) -> list[str]:
+    """What keeps forward and backward from being a ring whose transport hides behind its work."""
     x = jax.ShapeDtypeStruct((1, FRAMES, FRAME, HEADS, SIZE), jnp.float32)
-    text = jax.jit(lambda q, k, v: parallel(q, k, v, None)).lower(x, x, x).compile().as_text()
-    assert "collective-permute" in text
-    assert "all-to-all" not in text
+    loss = lambda q, k, v: (parallel(q, k, v, None) ** 2).sum()
+    traced = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).trace(x, x, x)
+    faults, sent = [], []
+    for body in bodies(traced.jaxpr.jaxpr):
+        moves = [e for e in body.eqns if e.primitive.name == "ppermute"]
+        sent.append(len(moves))
+        # What a step sends is what it was handed: it need not wait for the step's products.
+        if any(v not in body.invars for e in moves for v in e.invars):
+            faults.append("a step sends what it computes first")
+    if sent != [2, 4]:  # k and v; backward their gradients as well
+        faults.append(f"sends per step: {sent}")
+    text = traced.lower().compile().as_text()
+    faults += [name for name in ("all-to-all", "all-gather", "all-reduce") if name in text]
+    sizes = [np.prod([int(n) for n in dims.split(",")]) for dims in re.findall(r"f32\[([\d,]+)\]", text)]
+    if max(sizes) >= TOKENS * HEADS * SIZE:
+        faults.append("an array of all tokens")
+    return faults
+
+
+def test_the_ring_overlaps_and_does_not_gather():
+    mesh = make_mesh(MeshConfig(data=1, fsdp=1, seq=8))
+    assert ring_faults(SequenceAttention(mesh, HEADS, PLAIN, 1)) == []
+    assert ring_faults(SequenceAttention(mesh, HEADS, PLAIN, 8))[:2] == ["sends per step: []", "all-to-all"]

@@ -34,25 +34,28 @@ def test_eight_devices():
     assert jax.device_count() == 8
 
 
-def test_init_is_sharded_and_equals_one_device():
-    mesh = make_mesh(MeshConfig(1, 4, 2))
-    key = jax.random.key(3)
-    block = sharding.init_sharded(Block, mesh, key)
+def placed(module, mesh):
+    """The module with every array in its place."""
+    arrays = params.arrays_of(module)
+    places = sharding.shardings_by_path(arrays, params.logical_axes(module), mesh)
+    return params.with_arrays(module, jax.device_put(arrays, places))
+
+
+def test_parameters_are_split():
+    mesh = make_mesh(MeshConfig(data=1, fsdp=4, seq=2))
+    block = placed(Block(jax.random.key(3)), mesh)
     assert block.up[...].sharding.spec == PartitionSpec(("fsdp", "seq"), None)
     assert block.up[...].addressable_shards[0].data.shape == (2, 24)
-    np.testing.assert_allclose(block.up[...], Block(key).up[...], atol=1e-6)
 
 
 def test_gather_in_the_loss_scatter_in_the_gradient():
-    mesh = make_mesh(MeshConfig(2, 2, 2))
+    mesh = make_mesh(MeshConfig(data=2, fsdp=2, seq=2))
     block = Block(jax.random.key(0))
     x = jax.random.normal(jax.random.key(1), (4, 3, 6, 16))
     want_loss, want = jax.value_and_grad(loss)(block, x)
-    placed = sharding.shardings(block, mesh)
+    block, x = placed(block, mesh), jax.device_put(x, sharding.batch_sharding(mesh))
     with jax.set_mesh(mesh):
-        step = jax.jit(jax.value_and_grad(loss), in_shardings=(placed, sharding.batch_sharding(mesh)))
-        compiled = step.lower(block, x).compile()
-    block, x = jax.device_put((block, x), (placed, sharding.batch_sharding(mesh)))
+        compiled = jax.jit(jax.value_and_grad(loss)).lower(block, x).compile()
     got_loss, got = compiled(block, x)
     np.testing.assert_allclose(got_loss, want_loss, rtol=1e-6)
     assert got.up[...].sharding.is_equivalent_to(block.up[...].sharding, 2)
@@ -93,8 +96,9 @@ def test_texts_are_encoded_on_the_mesh_and_no_table_is_gathered(texts):
     lengths = rng.integers(1, 7, texts)
     tokens = TextTokens(rng.integers(0, 40, (texts, 6)).astype(np.int32), np.arange(6) < lengths[:, None])
     encode = lambda encoder, tokens: encoder(tokens)
-    alone = jax.jit(encode)(UMT5Encoder(jax.jit(make)(jax.random.key(0)), None), tokens)
-    encoder = UMT5Encoder(sharding.init_sharded(make, mesh, jax.random.key(0)), None)
+    model = jax.jit(make)(jax.random.key(0))
+    alone = jax.jit(encode)(UMT5Encoder(model, None), tokens)
+    encoder = UMT5Encoder(placed(model, mesh), None)
     assert encoder.model.embedding[...].sharding.spec == PartitionSpec(None, ("fsdp", "seq"))
     with jax.set_mesh(mesh):
         compiled = jax.jit(encode).lower(encoder, tokens).compile()

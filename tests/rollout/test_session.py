@@ -10,22 +10,23 @@ import numpy as np
 import pytest
 
 from lingbot_jax.config import ConfigError
-from lingbot_jax.control import keyboard
+from lingbot_jax.control import keyboard, plucker, poses
 from lingbot_jax.models.attention import Attend
-from lingbot_jax.rollout import causal, masks, stream
+from lingbot_jax.models.codec import to_uint8
+from lingbot_jax.rollout import causal, masks
 from lingbot_jax.rollout.cache import KVCache
-from lingbot_jax.rollout.causal import CausalConfig
-from lingbot_jax.rollout.stream import Session, SessionConfig
-from tests.rollout.worlds import TINY, codec, text, world
+from lingbot_jax.rollout.session import Session, SessionConfig
+from lingbot_jax.worlds.config import CausalConfig, KeyboardConfig, PoseConfig
+from tests.rollout.worlds import TINY, TINY_WORLD, codec, network, text, world
 
-CONFIG = SessionConfig(CausalConfig(chunk=2, window=8, sink=2), lead=3)
+CAUSAL = TINY_WORLD.causal
 IMAGE = np.random.default_rng(0).integers(0, 256, (16, 32, 3), np.uint8)
 WALK = np.eye(8, dtype=bool)[keyboard.KEYS.index("W")]
 TURN = np.eye(8, dtype=bool)[keyboard.KEYS.index("L")]
 
 
-def begin(config: SessionConfig = CONFIG, seed: int = 3) -> Session:
-    session = Session(world(), codec(), text(), config)
+def begin(seed: int = 3, **settings) -> Session:
+    session = world().session(**{"conditioning_frames": 3} | settings)
     session.start(IMAGE, "a hall", seed=seed)
     return session
 
@@ -38,9 +39,9 @@ def test_same_seed_keys_and_events_give_identical_frames():
     def run(seed):
         session = begin(seed=seed)
         frames = play(session, 2)
-        session.say("snow falls", chunks=2)
+        session.set_prompt("snow falls", chunks=2)
         frames += play(session, 3, TURN)
-        session.say("a bird", scope="local", chunks=1)
+        session.set_prompt("a bird", scope="local", chunks=1)
         return np.concatenate(frames + play(session, 2))
 
     once = run(3)
@@ -59,7 +60,7 @@ def test_a_restored_snapshot_and_a_branch_continue_identically():
         np.testing.assert_array_equal(play(session, 3, TURN), expected)
     session.restore(snapshot)
     other = session.branch()
-    other.say("night")
+    other.set_prompt("night")
     dark = play(other, 3, TURN)
     np.testing.assert_array_equal(play(session, 3, TURN), expected)  # the branch left the trunk alone
     assert any((a != b).any() for a, b in zip(dark, expected, strict=True))
@@ -77,60 +78,54 @@ def test_steps_equal_a_rollout_of_the_whole_clip():
         frames.append(session.step(rows))
     rows = np.concatenate([np.zeros((1, 8), bool), keys[:at]])
     c2w = keyboard.integrate(rows)
-    relative = stream.poses.relative(c2w[::4], "previous", 4 * keyboard.STEP)
-    held = stream.plucker.latent_keys(rows[:, :4], 4)
-    plays = session._state.play
-    condition = stream._condition(
-        TINY,
-        codec(),
-        plays,
-        jnp.asarray(text().encode(["a hall"])),
+    relative = poses.relative(c2w[::4], "previous", 4 * keyboard.STEP)
+    actions = plucker.latent_keys(rows[:, :4], 4)
+    state = session._state.device
+    condition = jax.jit(type(state).condition)(
+        state,
+        network(),
+        text().encode(["a hall"]),
         jnp.arange(2 * chunks),
         jnp.asarray(relative, jnp.float32),
-        jnp.asarray(held),
+        jnp.asarray(actions, jnp.float32),
     )
     key = jax.random.key(3)
-    noise = jnp.stack([causal.draw_noise(key, i, (1, 2, 2, 4, 6), 4) for i in range(chunks)])
-    cache = KVCache.empty(TINY, CONFIG.causal.layout(TINY, 2, 4), 1)
-    latents, _ = jax.jit(causal.rollout, static_argnames="config")(
-        world(), cache, condition, noise, CONFIG.causal
-    )
-    video = stream.to_uint8(codec().decode(latents)[0])
+    cache = KVCache.empty(TINY, causal.cache_layout(CAUSAL, TINY, 2, 4), 1)
+    step, made = jax.jit(causal.generate_chunk, static_argnames="config", donate_argnames="cache"), []
+    for i in range(chunks):
+        noise = causal.draw_noise(key, i, (1, 2, 2, 4, 6), 4)
+        part = jax.tree.map(
+            lambda x, i=i: x if x.shape[1] != 2 * chunks else x[:, 2 * i : 2 * i + 2], condition
+        )
+        latents, cache = step(network(), cache, part, noise, CAUSAL)
+        made.append(latents)
+    video = to_uint8(codec().decode(jnp.concatenate(made, 1))[0])
     difference = np.abs(np.concatenate(frames).astype(int) - np.asarray(video).astype(int))
     assert difference.max() <= 1  # a rounding of float32 sums, not of positions
     assert np.abs(np.asarray(condition.mask)[0, :, 0, 0, 0]).tolist() == [1] + [0] * 9
 
 
-def test_reencoding_writes_what_the_new_text_would_have_written():
+def test_rebuilding_the_cache_writes_what_the_new_text_would_have_written():
     """The window encoded again under its own text is itself; under another text it is the masked forward."""
-    config = dataclasses.replace(
-        CONFIG, causal=dataclasses.replace(CONFIG.causal, positions="absolute", window=6, sink=2)
-    )
-    session = begin(config)
+    session = begin(causal=dataclasses.replace(CAUSAL, positions="absolute", window=6, sink=2))
     play(session, 3)  # six frames in four slots: the ring has wrapped
     kept = session.snapshot()
-    session.say("a hall", reencode=True)
-    again = session._state.play.cache
+    session.set_prompt("a hall", rebuild_cache=True)
+    again = session._state.device.cache
     # Frames 0 1 | 4 5: the ring's chunk was first written when it saw 0 1 | 2 3, and now sees 0 1.
-    np.testing.assert_array_equal(again.frames, kept.play.cache.frames)
+    np.testing.assert_array_equal(again.frames, kept.device.cache.frames)
     sink = np.s_[:, :, :2]
-    np.testing.assert_allclose(again.keys[sink], kept.play.cache.keys[sink], atol=1e-4)
+    np.testing.assert_allclose(again.keys[sink], kept.device.cache.keys[sink], atol=1e-4)
     session.restore(kept)
-    session.say("night", reencode=True)
-    night = session._state.play
+    session.set_prompt("night", rebuild_cache=True)
+    night = session._state.device
     order = jnp.array([0, 1, 4, 5])
     slots = np.argsort(np.asarray(night.cache.frames))
-    condition = stream._condition(
-        TINY,
-        codec(),
-        night,
-        jnp.asarray(text().encode(["night"])),
-        order,
-        night.relative[slots],
-        night.held[slots],
+    condition = jax.jit(type(night).condition)(
+        night, network(), text().encode(["night"]), order, night.poses[slots], night.actions[slots]
     )
     mask = masks.chunks(4, 2, 2)
-    _, kv = jax.jit(world(), static_argnames="return_kv")(
+    _, kv = jax.jit(network(), static_argnames="return_kv")(
         night.latents[:, slots],
         jnp.zeros((1, 4)),
         condition,
@@ -140,22 +135,22 @@ def test_reencoding_writes_what_the_new_text_would_have_written():
     )
     values = kv.values.reshape(*kv.values.shape[:2], 4, 2, *kv.values.shape[3:])
     np.testing.assert_allclose(night.cache.values[:, :, slots], values, atol=1e-4)
-    assert np.abs(night.cache.values - kept.play.cache.values).max() > 1e-3
+    assert np.abs(night.cache.values - kept.device.cache.values).max() > 1e-3
 
 
 def test_text_switches_blends_and_returns():
     session = begin()
     hall, night, bird = (text().encode([p]) for p in ("a hall", "night", "night a bird"))
-    np.testing.assert_array_equal(session.walk.tokens(), hall)
-    session.say("night", chunks=1)
-    np.testing.assert_allclose(session.walk.tokens(), (hall + night) / 2, atol=1e-6)
+    np.testing.assert_array_equal(session.host.tokens(), hall)
+    session.set_prompt("night", chunks=1)
+    np.testing.assert_allclose(session.host.tokens(), (hall + night) / 2, atol=1e-6)
     session._state = dataclasses.replace(
-        session._state, walk=dataclasses.replace(session.walk, chunk=session.walk.chunk + 1)
+        session._state, host=dataclasses.replace(session.host, chunk=session.host.chunk + 1)
     )
-    np.testing.assert_allclose(session.walk.tokens(), night, atol=1e-6)
-    session.say("a bird", scope="local", chunks=1)
-    np.testing.assert_allclose(session.walk.tokens(), bird, atol=1e-6)
-    later = dataclasses.replace(session.walk, chunk=session.walk.chunk + 1)
+    np.testing.assert_allclose(session.host.tokens(), night, atol=1e-6)
+    session.set_prompt("a bird", scope="local", chunks=1)
+    np.testing.assert_allclose(session.host.tokens(), bird, atol=1e-6)
+    later = dataclasses.replace(session.host, chunk=session.host.chunk + 1)
     np.testing.assert_allclose(later.tokens(), night, atol=1e-6)
 
 
@@ -173,14 +168,47 @@ def test_long_play_compiles_nothing_and_keeps_its_memory():
     after = sum(x.nbytes for x in jax.live_arrays())
     assert not compiled
     assert after <= before * 1.001
-    held = sum(x.nbytes for x in jax.tree.leaves(session._state.play))
+    held = sum(x.nbytes for x in jax.tree.leaves(session._state.device))
     session.close()
     gc.collect()
     assert sum(x.nbytes for x in jax.live_arrays()) <= after - held  # the cache is gone
 
 
+def test_a_world_is_played_with_its_own_settings():
+    """Poses relative to the first frame, metric, and its own keyboard: what another world would not do (J5)."""
+    own = dataclasses.replace(
+        TINY_WORLD,
+        pose=PoseConfig(reference="first", translation="metric"),
+        keyboard=KeyboardConfig(step_size=0.5, turn_rate=9.0),
+    )
+    session = Session(world(own))
+    assert session.config.keyboard == own.keyboard and session.config.causal == own.causal
+    session.start(IMAGE, "a hall")
+    session.step(WALK)
+    rest = session.host.c2w
+    np.testing.assert_allclose(rest[:3, 3], [0, 0, 4 * 0.5], atol=1e-9)
+    session.step(TURN)
+    chunk = session._state.device.poses[2:4]
+    expected = np.linalg.inv(np.eye(4)) @ session.host.c2w  # relative to the first frame, in world units
+    np.testing.assert_allclose(chunk[-1], expected, atol=1e-5)
+    np.testing.assert_allclose(session.host.c2w[:3, :3], keyboard.rotation_y(np.radians(8 * 9.0)), atol=1e-9)
+
+
+def test_one_rule_for_worlds_that_do_not_generate_chunks(caplog):
+    """One network without causal settings: a warning. Two experts: refused (J4)."""
+    base = dataclasses.replace(TINY_WORLD, causal=None)
+    with caplog.at_level("WARNING"):
+        assert SessionConfig.of(base).causal.shift == base.sample.shift
+    assert [r.getMessage().count("not post-trained") for r in caplog.records] == [1]
+    two = dataclasses.replace(TINY_WORLD, networks={"high": TINY, "low": TINY})
+    with pytest.raises(
+        ConfigError, match="networks = \\['high', 'low'\\]: chunks need a world of one network"
+    ):
+        world(two).session()
+
+
 def test_wrong_use_is_named():
-    session = Session(world(), codec(), text(), CONFIG)
+    session = world().session()
     with pytest.raises(RuntimeError, match="call start"):
         session.step(WALK)
     with pytest.raises(ConfigError, match="image height = 15: must be a multiple of 16"):
@@ -191,9 +219,11 @@ def test_wrong_use_is_named():
     with pytest.raises(ConfigError, match="keys = \\(3, 8\\): must be \\(4, 8\\)"):
         session.step(np.zeros((3, 8)))
     with pytest.raises(ConfigError, match="chunks = 0: must be at least 1"):
-        session.say("a bird", scope="local")
+        session.set_prompt("a bird", scope="local")
     with pytest.raises(ConfigError, match="causal.window = None"):
-        SessionConfig(CausalConfig(window=None, sink=0))
-    odd = begin(SessionConfig(CausalConfig(chunk=2, window=7, sink=2), lead=3))
-    with pytest.raises(ConfigError, match="reencode = 'sink 2, ring 3'"):
-        odd.say("night", reencode=True)
+        world().session(causal=CausalConfig(window=None, sink=0))
+    with pytest.raises(ConfigError, match="fov = 180"):
+        world().session(fov=180.0)
+    odd = begin(causal=CausalConfig(chunk=2, window=7, sink=2))
+    with pytest.raises(ConfigError, match="rebuild_cache = 'sink 2, ring 3'"):
+        odd.set_prompt("night", rebuild_cache=True)
