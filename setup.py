@@ -31,7 +31,15 @@ SERVE = ["av>=18", "pillow>=12"]
 EVAL = ["matplotlib>=3.10", "pillow>=12", "psutil>=7.2"]
 CONVERT = ["torch>=2.13", "diffusers>=0.38", "transformers>=5"]
 TEXT = ["ftfy>=6.3", "tokenizers>=0.22"]
-TEST = ["beartype>=0.22", "hypothesis>=6.150", "pytest>=9", "pytest-xdist>=3.8"]
+GCS = ["gcsfs>=2026.3"]  # runs, data and bundles in gs://
+TEST = [
+    *GCS,
+    "beartype>=0.22",
+    "gcp-storage-emulator>=2026.7",
+    "hypothesis>=6.150",
+    "pytest>=9",
+    "pytest-xdist>=3.8",
+]
 DEV = ["ruff>=0.15,<0.18"]
 
 setup(
@@ -47,6 +55,7 @@ setup(
         "data": DATA,
         "serve": SERVE,
         "eval": EVAL,
+        "gcs": GCS,
         "convert": CONVERT,
         "test": TEST,
         "dev": DEV,
