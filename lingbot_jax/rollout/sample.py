@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Integer
 
 from lingbot_jax.config import ConfigError, require
 from lingbot_jax.diffusion import guidance, solvers
@@ -30,7 +30,7 @@ from lingbot_jax.worlds.world import World
 Latents = Float[Array, "b t h w c"]
 
 
-def draw_noise(seed: int | Int[Array, ""], indices: Int[Array, "b"], shape: tuple[int, ...]) -> Latents:
+def draw_noise(seed: int | Integer[Array, ""], indices: Int[Array, "b"], shape: tuple[int, ...]) -> Latents:
     """Start noise, one key per sample: sample i is the same in every batch it is part of."""
     key = jax.random.key(seed)
     draw = lambda i: jax.random.normal(jax.random.fold_in(key, i), shape)
@@ -99,7 +99,7 @@ def _clip(
     codec: Codec,
     encoded: Encoded,
     negative: Float[Array, "1 l d"] | None,
-    seed: Int[Array, ""],
+    seed: Integer[Array, ""],
     indices: Int[Array, "b"],
     attend: Attend,
     boundary: float,
