@@ -10,11 +10,11 @@ import sys
 import jax
 import numpy as np
 import pytest
+from lingbot_jax.training.checkpoints import Checkpoints
 
 from lingbot_jax.config import ConfigError
 from lingbot_jax.parallel import multihost
 from lingbot_jax.parallel.mesh import MeshConfig, make_mesh
-from lingbot_jax.training.checkpoints import Checkpoints
 from lingbot_jax.training.config import CheckpointConfig
 from lingbot_jax.worlds import checksums, storage
 
