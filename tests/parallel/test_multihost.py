@@ -172,7 +172,6 @@ def test_an_error_of_one_process_is_the_error_of_all(tmp_path):
     ]
     assert first == expected
     expected[4] = ["bug", "KeyError", "'x'"]  # the process that has the bug keeps its trace
-    expected[2] = ["both", "ConfigError", "of 0"]
     assert second == expected
 
 
