@@ -13,6 +13,8 @@ CORE = [
     "numpy>=2.0",
     "optax>=0.2.8",
     "orbax-checkpoint>=0.12.8,<0.13",
+    "pillow>=12",
+    "psutil>=7.2",
     "pydantic>=2.12,<3",
     "rich>=15",
     "safetensors>=0.8",
@@ -24,11 +26,10 @@ DATA = [
     "av>=18",
     "grain>=0.2.18,<0.3",
     "opencv-python-headless>=4.13",
-    "psutil>=7.2",
     "vizdoom>=1.3.2,<1.4",  # engine licence: non-commercial, see README
 ]
-SERVE = ["av>=18", "pillow>=12"]
-EVAL = ["matplotlib>=3.10", "pillow>=12", "psutil>=7.2"]
+SERVE = ["av>=18"]
+EVAL = ["matplotlib>=3.10"]
 CONVERT = ["torch>=2.13", "diffusers>=0.38", "transformers>=5"]
 TEXT = ["ftfy>=6.3", "tokenizers>=0.22"]
 GCS = ["gcsfs>=2026.3"]  # runs, data and bundles in gs://

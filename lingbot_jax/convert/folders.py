@@ -94,7 +94,8 @@ def find(folder: str | pathlib.Path, control: Control | None = None) -> Checkpoi
             f"{folder}/config.json: _class_name = {kinds[folder][:100]!r}: known are {', '.join(KNOWN)}"
         )
     transformers = _transformers(folder, kinds)
-    text_len = next((found[p].get("text_len") for p in transformers.values() if "text_len" in found[p]), 512)
+    lengths = [configs.text_len(found[place], place) for place in transformers.values()]
+    text_len = lengths[0] if lengths else UMT5Config().length
     encoders = [_codec(folder, found, kinds), _text(folder, found, kinds, text_len)]
     codec, text = encoders
     stride = codec.config.stride[1] if codec else VAEConfig().stride[1]

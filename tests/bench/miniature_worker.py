@@ -11,7 +11,6 @@ import pathlib
 
 import jax
 import numpy as np
-from lingbot_jax.training.run_dir import load_config
 from ml_collections import ConfigDict
 
 from lingbot_jax.config import template
@@ -24,6 +23,7 @@ from lingbot_jax.parallel.mesh import MeshConfig, make_mesh
 from lingbot_jax.rollout.sample import sample_clips
 from lingbot_jax.rollout.session import Session
 from lingbot_jax.training.config import TrainConfig
+from lingbot_jax.training.run_dir import load_config
 from lingbot_jax.training.start import objective_of
 from lingbot_jax.training.state import abstract_state
 from lingbot_jax.worlds import checksums, storage

@@ -10,11 +10,11 @@ import sys
 
 import jax
 import numpy as np
-from lingbot_jax.training.run_dir import load_config
 
 from lingbot_jax.models import params
 from lingbot_jax.parallel.mesh import make_mesh
 from lingbot_jax.training.loop import train
+from lingbot_jax.training.run_dir import load_config
 from lingbot_jax.worlds.open import open_world
 from tests.training import micro
 
