@@ -28,7 +28,7 @@ def test_importing_configs_imports_no_jax():
 
 def test_experiments_can_be_imported_together():
     """Flags of several do not clash, and of generate none exists before it is run."""
-    names = "collect fit_codec train generate evaluate convert plan quickstart".split()
+    names = ["collect", "fit_codec", "train", "generate", "evaluate", "convert", "plan", "quickstart"]
     code = "".join(f"import experiments.{name}; " for name in names)
     code += "from absl import flags; assert 'zoom' not in flags.FLAGS and 'config' in flags.FLAGS"
     subprocess.run([sys.executable, "-c", code], check=True, env={"JAX_PLATFORMS": "cpu", "PATH": ""})
