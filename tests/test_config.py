@@ -127,6 +127,7 @@ STARTS = {
     "tiny.py:evaluate": (EvaluateConfig, lambda: values_of(named("tiny.py")("evaluate"))),
     "w14b.py:world": (TrainConfig, lambda: values_of(named("w14b.py")("world"))),
     "w14b.py:action": (TrainConfig, lambda: values_of(named("w14b.py")("action"))),
+    "w14b.py:evaluate": (EvaluateConfig, lambda: values_of(named("w14b.py")("evaluate"))),
     "w1_3b.py:world": (TrainConfig, lambda: values_of(named("w1_3b.py")("world"))),
     "generate": (GenerateConfig, lambda: values_of(template(GenerateConfig, GENERATE))),
 }

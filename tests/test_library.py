@@ -26,6 +26,14 @@ def test_importing_configs_imports_no_jax():
         lingbot_jax.open_wrld  # noqa: B018
 
 
+def test_experiments_can_be_imported_together():
+    """Flags of several do not clash, and of generate none exists before it is run."""
+    names = ["collect", "fit_codec", "train", "generate", "evaluate", "convert", "plan", "quickstart"]
+    code = "".join(f"import experiments.{name}; " for name in names)
+    code += "from absl import flags; assert 'zoom' not in flags.FLAGS and 'config' in flags.FLAGS"
+    subprocess.run([sys.executable, "-c", code], check=True, env={"JAX_PLATFORMS": "cpu", "PATH": ""})
+
+
 def test_the_notebook_walks_a_world_from_its_own_folder(tmp_path, monkeypatch, caplog):
     """Every code cell, in order and in one namespace, as Jupyter runs them; last expressions are evaluated too."""
     write_bundle(tmp_path / "runs" / "demo" / "action", world())

@@ -105,7 +105,7 @@ def test_keys_to_video_and_its_command_repeats_it(folder, raw):
     assert words[:3] == ["python", "-m", "experiments.generate"]
     again = [w.replace(str(folder / "clip"), str(folder / "again")) for w in words[3:]]
     call(again)
-    # One level: two compilations of one program may order a sum differently (docs/generation.md).
+    # One level: they differed once, and the cause was not found (docs/generation.md).
     assert np.abs(raw[0].astype(int) - raw[1]).max() <= 1
     data = (folder / "clip" / "video.mp4").read_bytes()
     assert data.index(b"moov") < data.index(b"mdat")  # the index comes first: browsers start at once
