@@ -154,4 +154,4 @@ def test_full_disk_is_one_line_and_leaves_the_checkpoints_before(run):
 def test_folder_that_cannot_be_made_is_one_line(tmp_path):
     (tmp_path / "run").write_text("a file where the run should be")
     with pytest.raises(ConfigError, match=r"^run = '[^\n]*': cannot be written \([^\n]*\)$"):
-        Checkpoints(tmp_path / "run", CONFIG)
+        Checkpoints(tmp_path / "run")
