@@ -104,7 +104,7 @@ def draw_angles(axes, c2w):
 
 
 def main():
-    keys = keyboard.pad_to_4n1(keyboard.parse(TEXT))
+    keys = keyboard.parse(TEXT)
     c2w = keyboard.integrate(keys)
     colours = list(plt.get_cmap("tab10").colors)
     colours[len(list(segments(keys))) - 1] = (0.5, 0.5, 0.5)  # `none`

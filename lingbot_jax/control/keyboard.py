@@ -22,8 +22,8 @@ from lingbot_jax.config import ConfigError, require
 
 KEYS = ("W", "A", "S", "D", "I", "J", "K", "L")
 MOVEMENT = KEYS[:4]  # the columns that action control carries; looking is carried by the rays
-STEP = 0.05  # world units a video frame
-DEGREES = 2.0  # a video frame, for yaw and for pitch
+STEP = 0.05  # world units per video frame
+DEGREES = 2.0  # per video frame, for yaw and for pitch
 PITCH_LIMIT = 85.0  # degrees above and below the horizon
 MAX_FRAMES = 1_000_000  # of a text: far above any use, far below what would exhaust memory
 
@@ -90,13 +90,6 @@ def to_text(keys: Shaped[np.ndarray, "f 8"]) -> str:
     return ",".join(tokens)
 
 
-def pad_to_4n1(keys: Shaped[np.ndarray, "f k"]) -> Shaped[np.ndarray, "g k"]:
-    """Appends empty rows (`none`) until the count is 4n+1, the lengths that the video codec takes."""
-    require(len(keys) >= 1, "keys", "0 rows", "need at least 1")
-    missing = (1 - len(keys)) % 4
-    return np.concatenate([keys, np.zeros((missing, *keys.shape[1:]), keys.dtype)])
-
-
 def integrate(
     keys: Shaped[np.ndarray, "f 8"],
     start: Shaped[np.ndarray, "4 4"] | None = None,
@@ -115,7 +108,7 @@ def integrate(
       keys: non-zero = down. Row i acts on the transition into frame i; row 0 is ignored.
       start: pose of frame 0. It should stand level (no roll): with roll, the limit is that of the tracked
         angle, not of the view.
-      step: world units a frame. yaw_degrees, pitch_degrees: a frame.
+      step: world units per frame. yaw_degrees, pitch_degrees: per frame.
     """
     down = np.asarray(keys).astype(bool).astype(np.int64)
     down[:1] = 0
@@ -158,13 +151,13 @@ def keys_from_poses(
     A key is down when the camera moved along its direction by more than the threshold: the displacement since
     the previous frame, measured along this frame's heading on the ground (W S) and across it (D A), and the
     change of heading (L J) and of elevation (I K). The default thresholds are half of `integrate`'s steps;
-    for recorded poses take half of the usual displacement a frame, in the recording's own unit.
+    for recorded poses take half of the usual displacement per frame, in the recording's own unit.
 
     On a path of `integrate` the result is exact, except that keys without effect (opposite keys, pitch at its
     limit) are not down; integrating the result gives the path again. Height changes and roll have no key.
 
     Args:
-      c2w: camera-to-world poses. move: world units a frame. yaw_degrees, pitch_degrees: a frame.
+      c2w: camera-to-world poses. move: world units per frame. yaw_degrees, pitch_degrees: per frame.
     """
     rotation = c2w[:, :3, :3]
     forward, right = headings(rotation)

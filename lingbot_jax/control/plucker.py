@@ -1,12 +1,12 @@
-"""Packed control: what the camera and the keys do, as channels of a latent pixel (paper section 3.3.2).
+"""The camera / action embedding: what camera and keys do, as channels of a latent pixel (paper section 3.3.2).
 
-    mode      channels a pixel                              C
+    mode      channels per pixel                            C
     cam       ray origin 3, ray direction 3                 6   published `cam` checkpoints
     act       ray direction 3, W A S D 4                    7   published `act` checkpoints
     cam_act   ray origin 3, ray direction 3, W A S D 4     10   worlds trained from scratch
 
-A latent pixel covers stride x stride pixels; packing puts them into channels, index c*stride^2 + stride*row +
-col. The same code runs on the host with NumPy arrays and on the device (also traced) with JAX arrays, in
+A latent pixel covers stride x stride pixels; `space_to_depth` puts them into channels, index c*stride^2 +
+stride*row + col. The same code runs on the host with NumPy arrays and on the device (also traced) with JAX arrays, in
 float32: bring poses to `poses.relative` form first, in float64, so that nothing large is left to round.
 """
 
@@ -17,7 +17,6 @@ import numpy as np
 from jaxtyping import Float, Float32, Shaped
 
 from lingbot_jax.config import ConfigError, require
-from lingbot_jax.control import keyboard, poses
 
 Array = np.ndarray | jax.Array
 Control = Literal["none", "cam", "act", "cam_act"]
@@ -50,7 +49,7 @@ def rays(
     return xp.concatenate([origin, direction], axis=-1)
 
 
-def pack(pixels: Float[Array, "*b H W c"], stride: int) -> Float[Array, "*b h w packed"]:
+def space_to_depth(pixels: Float[Array, "*b H W c"], stride: int) -> Float[Array, "*b h w o"]:
     """Moves each stride x stride square of pixels into channels, index c*stride^2 + stride*row + col."""
     xp = pixels.__array_namespace__()
     *batch, height, width, c = pixels.shape
@@ -65,34 +64,34 @@ def pack(pixels: Float[Array, "*b H W c"], stride: int) -> Float[Array, "*b h w 
 def control(
     c2w: Float[Array, "*b t 4 4"],
     intrinsics: Float[Array, "*#b #t 4"],
-    keys: Float[Array, "*b t 4"] | None,
+    actions: Float[Array, "*b t 4"] | None,
     mode: str,
     height: int,
     width: int,
     stride: int,
-) -> Float32[Array, "*b t h w packed"]:
-    """Packed control of latent frames; all arrays NumPy, or all JAX.
+) -> Float32[Array, "*b t h w o"]:
+    """The camera / action embedding of latent frames; all arrays NumPy, or all JAX.
 
     Args:
       c2w: relative poses at latent frames (`poses.resample`, then `poses.relative`).
       intrinsics: fx, fy, cx, cy in pixels of a height x width image; one row for all frames has t = 1.
-      keys: W A S D at latent frames in [0, 1] (`latent_keys`); None exactly when the mode carries no keys.
-      mode: one of MODES. height, width: pixels, multiples of stride. stride: pixels a latent pixel.
+      actions: W A S D at latent frames in [0, 1] (`latent_keys`); None exactly when the mode carries no keys.
+      mode: one of MODES. height, width: pixels, multiples of stride. stride: pixels per latent pixel.
     """
     require(mode in MODES, "control", mode, f"must be one of {', '.join(MODES)}")
     with_keys = mode != "cam"
-    if with_keys != (keys is not None):
-        have, need = ("no keys", "needs") if keys is None else ("keys", "carries no")
+    if with_keys != (actions is not None):
+        have, need = ("no keys", "needs") if actions is None else ("keys", "carries no")
         raise ConfigError(f"control = {mode!r}: {have} given, but this mode {need} keys")
     xp = c2w.__array_namespace__()
     pixels = rays(c2w, intrinsics, height, width)
-    packed = pack(pixels[..., 3:] if mode == "act" else pixels, stride)
+    embedding = space_to_depth(pixels[..., 3:] if mode == "act" else pixels, stride)
     if not with_keys:
-        return packed
-    # Keys are equal over the image, so their packed channels are a repetition: no need to fold pixels.
-    held = xp.repeat(keys.astype(xp.float32), stride**2, axis=-1)[..., None, None, :]
-    held = xp.broadcast_to(held, (*packed.shape[:-1], held.shape[-1]))
-    return xp.concatenate([packed, held], axis=-1)
+        return embedding
+    # Actions are equal over the image, so their channels are a repetition: no need to fold pixels.
+    actions = xp.repeat(actions.astype(xp.float32), stride**2, axis=-1)[..., None, None, :]
+    actions = xp.broadcast_to(actions, (*embedding.shape[:-1], actions.shape[-1]))
+    return xp.concatenate([embedding, actions], axis=-1)
 
 
 def latent_keys(keys: Shaped[Array, "*b f k"], temporal_stride: int = 4) -> Float32[Array, "*b t k"]:
@@ -111,37 +110,3 @@ def latent_keys(keys: Shaped[Array, "*b f k"], temporal_stride: int = 4) -> Floa
     keys = keys.astype(xp.float32)
     groups = keys[..., 1:, :].reshape(*batch, (f - 1) // temporal_stride, temporal_stride, k)
     return xp.concatenate([keys[..., :1, :], groups.mean(axis=-2)], axis=-2)
-
-
-def clip_control(
-    c2w: np.ndarray,
-    intrinsics: np.ndarray,
-    keys: np.ndarray | None,
-    mode: str,
-    height: int,
-    width: int,
-    stride: int,
-    temporal_stride: int = 4,
-    normalise: str | float | None = "max_norm",
-) -> Float32[np.ndarray, "t h w packed"]:
-    """Packed control of one recorded clip, on the host, as the published pipeline makes it.
-
-    Poses are resampled to latent frames, taken each relative to the one before it, and their translations
-    divided as `normalise` says (`poses.relative`). Intrinsics are those of the first frame.
-
-    Args:
-      c2w: [f 4 4], one pose a video frame, f = temporal_stride * n + 1. intrinsics: [4] or [f 4], in pixels
-        of a height x width image. keys: [f 8]; unused, and may be None, for mode "cam".
-    """
-    f = len(c2w)
-    require(f % temporal_stride == 1 % temporal_stride, "frames", f, f"must be {temporal_stride}n + 1")
-    c2w = poses.validate(c2w)
-    latent = poses.resample(c2w, (f - 1) // temporal_stride + 1)
-    deltas = poses.relative(latent, "previous", normalise)
-    rows = poses.validate_intrinsics(intrinsics, f)[:1]
-    held = None
-    if mode != "cam":
-        require(keys is not None, "keys", None, f"control = {mode!r} needs keys")
-        movement = keyboard.check(keys)[:, : len(keyboard.MOVEMENT)]
-        held = latent_keys(movement, temporal_stride)
-    return control(deltas, rows, held, mode, height, width, stride)

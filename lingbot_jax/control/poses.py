@@ -1,19 +1,23 @@
 """Camera poses on the host: check, invert, resample to latent frames, make relative (docs/control.md).
 
 Everything here is float64 NumPy: recorded trajectories lie hundreds of units from the origin and move by
-1e-4 a frame, which float32 cannot subtract. Poses are camera-to-world `[f 4 4]` in OpenCV axes (x right,
+1e-4 per frame, which float32 cannot subtract. Poses are camera-to-world `[f 4 4]` in OpenCV axes (x right,
 y down, z forward); intrinsics are fx, fy, cx, cy in pixels, with pixel centres at +0.5.
 """
 
+import math
 from pathlib import Path
 
 import numpy as np
 from jaxtyping import Float, Float64
+from scipy.spatial.transform import Rotation, Slerp
 
 from lingbot_jax.config import ConfigError, require
 
 Poses = Float64[np.ndarray, "f 4 4"]
 BASE_SIZE = (480, 832)  # height, width that published intrinsics belong to
+FARTHEST = 1e9  # world units from the origin; float64 then still tells 1e-7 apart
+FOCAL = (1e-3, 1e6)  # pixels; also how far the principal point may lie from the image's corner
 RIGID = 1e-3  # allowed deviation of R^T R from the identity: poses are often stored in float32
 
 
@@ -31,6 +35,8 @@ def validate(c2w: object, field: str = "poses") -> Poses:
     array = array.astype(np.float64)
     rotation = array[:, :3, :3]
     _each(np.isfinite(array).all((1, 2)), field, array, "must be finite")
+    far = np.abs(array[:, :3, 3]).max(1)
+    _each(far <= FARTHEST, f"{field}.translation", far, f"must be at most {FARTHEST:g} world units")
     _each((array[:, 3] == [0, 0, 0, 1]).all(1), f"{field}.row3", array[:, 3], "must be 0 0 0 1")
     off = np.abs(rotation.transpose(0, 2, 1) @ rotation - np.eye(3)).max((1, 2))
     _each(off <= RIGID, f"{field}.orthogonality_error", off, f"must be at most {RIGID}; is it scaled?")
@@ -81,53 +87,8 @@ def interpolate(c2w: Poses, at: Float64[np.ndarray, "t"]) -> Float64[np.ndarray,
     high, weight = np.minimum(low + 1, last), at - low
     a, b = c2w[low, :3, 3], c2w[high, :3, 3]
     translation = a + weight[:, None] * (b - a)  # this form keeps a camera at rest exactly at rest
-    quaternions = quaternion(c2w[:, :3, :3])
-    return _assemble(rotation_matrix(slerp(quaternions[low], quaternions[high], weight)), translation)
-
-
-def quaternion(rotation: Float64[np.ndarray, "f 3 3"]) -> Float64[np.ndarray, "f 4"]:
-    """Unit quaternions w x y z; the sign is arbitrary."""
-    m = rotation
-    # 4 q q^T in terms of the matrix; its largest column is 4 q times the largest component, never near zero.
-    d0, d1, d2 = m[:, 0, 0], m[:, 1, 1], m[:, 2, 2]
-    wx, wy, wz = m[:, 2, 1] - m[:, 1, 2], m[:, 0, 2] - m[:, 2, 0], m[:, 1, 0] - m[:, 0, 1]
-    xy, xz, yz = m[:, 0, 1] + m[:, 1, 0], m[:, 0, 2] + m[:, 2, 0], m[:, 1, 2] + m[:, 2, 1]
-    outer = np.stack(
-        [
-            np.stack([1 + d0 + d1 + d2, wx, wy, wz], -1),
-            np.stack([wx, 1 + d0 - d1 - d2, xy, xz], -1),
-            np.stack([wy, xy, 1 - d0 + d1 - d2, yz], -1),
-            np.stack([wz, xz, yz, 1 - d0 - d1 + d2], -1),
-        ],
-        axis=1,
-    )
-    largest = np.argmax(np.einsum("fii->fi", outer), axis=1)
-    q = outer[np.arange(len(m)), largest]
-    return q / np.linalg.norm(q, axis=-1, keepdims=True)
-
-
-def rotation_matrix(q: Float64[np.ndarray, "f 4"]) -> Float64[np.ndarray, "f 3 3"]:
-    """Rotation matrices of unit quaternions w x y z."""
-    w, v = q[:, 0, None, None], q[:, 1:]
-    cross = np.zeros((len(q), 3, 3))
-    cross[:, [2, 0, 1], [1, 2, 0]] = v
-    cross[:, [1, 2, 0], [2, 0, 1]] = -v
-    return np.eye(3) + 2 * w * cross + 2 * cross @ cross
-
-
-def slerp(
-    a: Float64[np.ndarray, "f 4"], b: Float64[np.ndarray, "f 4"], weight: Float64[np.ndarray, "f"]
-) -> Float64[np.ndarray, "f 4"]:
-    """Unit quaternions between a (weight 0) and b (weight 1) along the shorter arc, at constant speed."""
-    b = np.where(np.sum(a * b, -1, keepdims=True) < 0, -b, b)
-    # atan2 of chord lengths keeps every digit for small angles, where arccos of the dot product has none.
-    half = np.arctan2(np.linalg.norm(b - a, axis=-1), np.linalg.norm(b + a, axis=-1))[:, None]
-    weight = weight[:, None]
-    # np.sinc(x / pi) = sin(x) / x, so no case is needed for equal rotations.
-    unit = np.sinc(2 * half / np.pi)
-    q = (1 - weight) * np.sinc(2 * (1 - weight) * half / np.pi) / unit * a
-    q = q + weight * np.sinc(2 * weight * half / np.pi) / unit * b
-    return q / np.linalg.norm(q, axis=-1, keepdims=True)
+    rotations = Rotation.from_matrix(c2w[[*range(last + 1), last], :3, :3])  # SciPy wants two at least
+    return _assemble(Slerp(np.arange(last + 2), rotations)(at).as_matrix(), translation)
 
 
 def relative(
@@ -194,9 +155,11 @@ def validate_intrinsics(
     """Returns fx, fy, cx, cy of every frame as float64 [f 4]; one row [4] or [1 4] is repeated.
 
     Raises:
-      ConfigError: wrong shape, not finite, or a focal length that is not positive.
+      ConfigError: wrong shape, not numbers, not finite, or outside of `FOCAL`.
     """
     array = np.asarray(intrinsics)
+    if array.dtype.kind not in "fiu":
+        raise ConfigError(f"{field} has type {array.dtype}: must be numbers")
     rows = array.reshape(1, -1) if array.ndim == 1 else array
     if rows.ndim != 2 or rows.shape[1] != 4 or len(rows) not in (1, frames):
         raise ConfigError(
@@ -204,7 +167,10 @@ def validate_intrinsics(
         )
     rows = rows.astype(np.float64)
     _each(np.isfinite(rows).all(1), field, rows, "must be finite")
-    _each((rows[:, :2] > 0).all(1), field, rows, "fx and fy must be positive")
+    least, most = FOCAL
+    ok = (rows[:, :2] >= least).all(1) & (rows[:, :2] <= most).all(1)
+    _each(ok, field, rows, f"fx and fy must be positive, in [{least:g}, {most:g}] pixels")
+    _each((np.abs(rows[:, 2:]) <= most).all(1), field, rows, f"cx and cy must lie within {most:g} pixels")
     return np.broadcast_to(rows, (frames, 4)).copy()
 
 
@@ -223,12 +189,29 @@ def load(folder: str | Path) -> tuple[Poses, Float64[np.ndarray, "f 4"]]:
     return c2w, validate_intrinsics(intrinsics, len(c2w))
 
 
+_HEADERS = {  # of versions of the format; others are for structured arrays
+    (1, 0): np.lib.format.read_array_header_1_0,
+    (2, 0): np.lib.format.read_array_header_2_0,
+}
+
+
 def _read(path: Path) -> np.ndarray:
     if not path.is_file():
         raise ConfigError(
             f"{path}: missing; a camera folder holds poses.npy [f 4 4] and intrinsics.npy [f 4]"
         )
-    try:
-        return np.load(path, allow_pickle=False)
-    except (ValueError, EOFError) as error:
-        raise ConfigError(f"{path}: not a plain .npy array ({error})") from error
+    with path.open("rb") as file:
+        try:
+            header = _HEADERS[np.lib.format.read_magic(file)]
+            shape, _, dtype = header(file)
+            if dtype.kind not in "fiu":
+                raise ValueError(f"it holds {dtype}")
+            # A header may declare any shape: only what is there is allocated.
+            need, have = math.prod(shape) * dtype.itemsize, path.stat().st_size - file.tell()
+            if min(shape, default=0) < 0 or need != have:
+                raise ValueError(f"shape {shape} takes {need} bytes, the file has {have}")
+            file.seek(0)
+            return np.lib.format.read_array(file, allow_pickle=False)
+        except Exception as error:  # NumPy's parser of headers raises whatever Python's does
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise ConfigError(f"{path}: not a plain .npy array of numbers ({reason[:200]})") from None

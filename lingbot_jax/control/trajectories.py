@@ -18,7 +18,7 @@ from lingbot_jax.control.keyboard import DEGREES, STEP
 
 
 class Path(NamedTuple):
-    """One trajectory: a pose a video frame, and the keys held in the transition into each (row 0 empty)."""
+    """One trajectory: a pose per video frame, and the keys held in the transition into each (row 0 empty)."""
 
     c2w: Float64[np.ndarray, "f 4 4"]
     keys: Bool[np.ndarray, "f 8"]
@@ -39,8 +39,8 @@ def rectangle(
 
     Args:
       start: pose of frame 0, a corner looking along the first side; level.
-      sides: shortest and longest side, world units. step: world units a frame.
-      degrees: about so many a frame; rounded so that a corner takes whole frames.
+      sides: shortest and longest side, world units. step: world units per frame.
+      degrees: about so many per frame; rounded so that a corner takes whole frames.
     """
     _check(frames, step=step, degrees=degrees)
     low, high = _range("sides", sides)
@@ -98,7 +98,7 @@ def waypoints(
 
     Args:
       start: pose of frame 0, the first way-point. extent: way-points lie within so many world units of it.
-      step: world units a frame. degrees: of turning a frame.
+      step: world units per frame. degrees: of turning per frame.
     """
     _check(frames, extent=extent, step=step, degrees=degrees)
     knots = [(0.0, 0.0, 0.0, 0.0)]  # frame, x, z, yaw in degrees; between knots everything is linear
@@ -147,8 +147,8 @@ def recorded(
     Args:
       c2w: recorded camera-to-world poses, OpenCV axes. timestamps: seconds, increasing; None: equal steps.
       reach: world units between the start and the farthest point of the result; None keeps the scale.
-      degrees: turning a frame that counts as holding a key (half of it is the threshold). A movement key
-        counts as held above half of the median displacement a frame, among the frames that move.
+      degrees: turning per frame that counts as holding a key (half of it is the threshold). A movement key
+        counts as held above half of the median displacement per frame, among the frames that move.
 
     Raises:
       ConfigError: poses that are not rigid, timestamps that do not increase, or reach for a path that stays.

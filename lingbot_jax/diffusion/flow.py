@@ -80,10 +80,3 @@ def x0_from_velocity(
 ) -> Float[Array, "b t *rest"]:
     """The clean latent that a velocity at noise level sigma implies: x0 = x_s - s v."""
     return x - over(sigma, x) * velocity
-
-
-def velocity_from_x0(
-    x: Float[Array, "b t *rest"], x0: Float[Array, "b t *rest"], sigma: Float[Array, "..."] | float
-) -> Float[Array, "b t *rest"]:
-    """The velocity that a clean-latent prediction at noise level sigma > 0 implies: v = (x_s - x0) / s."""
-    return (x - x0) / over(sigma, x)

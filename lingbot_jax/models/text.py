@@ -274,11 +274,12 @@ class UMT5Encoder:
     """The published text encoder.
 
     Attributes:
-      model: the network; may be abstract. tokenizer: of `load_tokenizer`, for `model.config.length` tokens.
+      model: the network; may be abstract. tokenizer: of `load_tokenizer`, for `model.config.length` tokens; None: for
+        tokens that are there already.
     """
 
     model: UMT5
-    tokenizer: tokenizers.Tokenizer = dataclasses.field(metadata={"static": True})
+    tokenizer: tokenizers.Tokenizer | None = dataclasses.field(metadata={"static": True})
 
     @property
     def config(self) -> UMT5Config:

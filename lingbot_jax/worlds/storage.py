@@ -27,6 +27,7 @@ import tensorstore
 from etils import epath
 
 from lingbot_jax.config import ConfigError
+from lingbot_jax.files import is_remote
 from lingbot_jax.parallel import multihost
 from lingbot_jax.worlds import checksums
 from lingbot_jax.worlds.checksums import ARRAYS, DIGESTS
@@ -50,7 +51,12 @@ class Damaged(ConfigError):
 def located(path: str | os.PathLike) -> epath.Path:
     """A path that does not depend on the working directory: local ones become absolute, gs:// ones stay."""
     text = os.fspath(path)
-    return epath.Path(text if "://" in text else os.path.abspath(os.path.expanduser(text)))
+    return epath.Path(text if is_remote(text) else os.path.abspath(os.path.expanduser(text)))
+
+
+def is_file(path: epath.Path) -> bool:
+    """Whether a regular file is there: reading a pipe would wait for ever, and epath takes one for a file."""
+    return path.is_file() if is_remote(path) else os.path.isfile(path)
 
 
 def named(tree: Any) -> dict[str, Any]:
@@ -307,7 +313,7 @@ def _handler() -> ocp.PyTreeCheckpointHandler:
 def _open(folder: epath.Path, name: str, new: jax.ShapeDtypeStruct | None = None) -> tensorstore.Future:
     """An array of a folder; with `new`, an empty one of that shape takes its place."""
     path = os.fspath(folder / ARRAYS / name)
-    place = f"{path}/" if "://" in path else {"driver": "file", "path": path}
+    place = f"{path}/" if is_remote(path) else {"driver": "file", "path": path}
     # Zeros are values too: what is missing is damage.
     spec = {"driver": "zarr", "kvstore": place, "fill_missing_data_reads": False}
     spec |= {"store_data_equal_to_fill_value": True}

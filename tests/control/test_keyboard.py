@@ -101,15 +101,6 @@ def test_text_of_no_transition_is_refused():
         keyboard.to_text(bits([0]))
 
 
-@few
-@given(rows)
-def test_padding_gives_codec_lengths(numbers):
-    keys = bits(numbers)
-    padded = keyboard.pad_to_4n1(keys)
-    assert len(padded) % 4 == 1 and 0 <= len(padded) - len(keys) < 4
-    assert (padded[: len(keys)] == keys).all() and not padded[len(keys) :].any()
-
-
 @pytest.mark.parametrize(
     "letters, place, view",  # after one frame; x right, y down, z forward
     [

@@ -1,4 +1,4 @@
-"""Rays and packed control against closed forms; the device path against the host path."""
+"""Rays and the camera / action embedding against closed forms; the device path against the host path."""
 
 import jax
 import jax.numpy as jnp
@@ -44,35 +44,35 @@ def test_each_frame_may_have_its_own_intrinsics():
 
 
 @pytest.mark.parametrize("stride", [1, 2, 8])
-def test_channel_order_of_packing(stride):
+def test_channel_order_of_space_to_depth(stride):
     pixels = np.random.default_rng(0).standard_normal((2, 16, 24, 3))
-    packed = plucker.pack(pixels, stride)
-    assert packed.shape == (2, 16 // stride, 24 // stride, 3 * stride**2)
+    embedded = plucker.space_to_depth(pixels, stride)
+    assert embedded.shape == (2, 16 // stride, 24 // stride, 3 * stride**2)
     for i, j, row, col, c in [(0, 0, 0, 0, 0), (1, 2, stride - 1, 0, 2), (1, 1, 0, stride - 1, 1)]:
         channel = c * stride**2 + stride * row + col
-        assert packed[1, i, j, channel] == pixels[1, i * stride + row, j * stride + col, c]
+        assert embedded[1, i, j, channel] == pixels[1, i * stride + row, j * stride + col, c]
 
 
 @pytest.mark.parametrize("mode", plucker.MODES)
 def test_modes_hold_what_the_table_says_on_host_and_device(mode):
     c2w, keys = clip()
     deltas = poses.relative(poses.resample(c2w, 4), "previous", "max_norm")
-    held = None if mode == "cam" else plucker.latent_keys(keys[:, :4])
-    ours = plucker.control(deltas, K[None], held, mode, *SIZE, 8)
+    actions = None if mode == "cam" else plucker.latent_keys(keys[:, :4])
+    ours = plucker.control(deltas, K[None], actions, mode, *SIZE, 8)
     assert ours.shape == (4, 2, 4, 64 * CONTROL_CHANNELS[mode]) and ours.dtype == np.float32
 
-    rays = plucker.pack(plucker.rays(deltas, K[None], *SIZE), 8)
+    rays = plucker.space_to_depth(plucker.rays(deltas, K[None], *SIZE), 8)
     parts = {"cam": (0, 384), "act": (192, 384), "cam_act": (0, 384)}[mode]
     np.testing.assert_array_equal(ours[..., : parts[1] - parts[0]], rays[..., parts[0] : parts[1]])
-    if held is not None:
+    if actions is not None:
         for key in range(4):
             channels = ours[..., parts[1] - parts[0] + 64 * key :][..., :64]
             np.testing.assert_array_equal(
-                channels, np.broadcast_to(held[:, None, None, [key]], channels.shape)
+                channels, np.broadcast_to(actions[:, None, None, [key]], channels.shape)
             )
 
     # On the device: jitted, with a batch, equal to the host within float32 rounding.
-    batch = [None if x is None else jnp.asarray(x, jnp.float32)[None] for x in (deltas, K[None], held)]
+    batch = [None if x is None else jnp.asarray(x, jnp.float32)[None] for x in (deltas, K[None], actions)]
     device = jax.jit(lambda c, k, h: plucker.control(c, k, h, mode, *SIZE, 8))(*batch)
     np.testing.assert_allclose(np.asarray(device)[0], ours, atol=1e-6)
 
@@ -94,26 +94,9 @@ def test_held_keys_and_latent_deltas_agree():
     np.testing.assert_allclose(moved, plucker.latent_keys(keys)[:, 0], atol=1e-12)
 
 
-def test_clip_control_in_chunks_equals_the_whole_clip():
-    """With a fixed unit a clip needs no future: a chunk only needs the last latent pose before it."""
-    c2w, keys = clip("wl-8,wi-4,d-3,s-9")
-    whole = plucker.clip_control(c2w, K, keys, "cam_act", *SIZE, 8, normalise=0.2)
-    tail = plucker.clip_control(c2w[12:], K, keys[12:], "cam_act", *SIZE, 8, normalise=0.2)
-    np.testing.assert_allclose(tail[1:], whole[4:], atol=1e-6)
-    assert np.abs(whole[:, 0, 0, :192]).max() > 0.9  # a step of W is about one unit
-
-
 @pytest.mark.parametrize(
     "call, said",
     [
-        (lambda c, k: plucker.clip_control(c, K, k, "none", *SIZE, 8), "control = 'none': must be one of"),
-        (lambda c, k: plucker.clip_control(c, K, None, "act", *SIZE, 8), "control = 'act' needs keys"),
-        (lambda c, k: plucker.clip_control(c[:12], K, k, "cam", *SIZE, 8), "frames = 12: must be 4n + 1"),
-        (lambda c, k: plucker.clip_control(c, K, k[:, :4], "act", *SIZE, 8), "keys has shape (13, 4)"),
-        (lambda c, k: plucker.clip_control(c, K[:3], k, "act", *SIZE, 8), "intrinsics has shape (3,)"),
-        (lambda c, k: plucker.clip_control(c, K, k, "cam", 20, 32, 8), "height = 20: must be a multiple"),
-        (lambda c, k: plucker.clip_control(c, K, k, "cam", 16, 30, 8), "width = 30: must be a multiple"),
-        (lambda c, k: plucker.clip_control(2 * c, K, k, "cam", *SIZE, 8), "poses[0]"),
         (lambda c, k: plucker.latent_keys(k[:11]), "frames = 11: must be 4n + 1"),
         (lambda c, k: plucker.control(c, K[None], c[:, 0], "cam", *SIZE, 8), "carries no keys"),
         (lambda c, k: plucker.control(c, K[None], None, "act", *SIZE, 8), "no keys given"),

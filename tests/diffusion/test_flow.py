@@ -18,7 +18,6 @@ def test_path_and_its_inverses_at_one_level_per_latent_frame():
     np.testing.assert_allclose(flow.velocity_target(x0, noise), noise - x0, atol=1e-6)
     x, v = jnp.asarray(x, jnp.float32), jnp.asarray(noise - x0, jnp.float32)
     np.testing.assert_allclose(flow.x0_from_velocity(x, v, sigma), x0, atol=1e-5)
-    np.testing.assert_allclose(flow.velocity_from_x0(x, jnp.asarray(x0, jnp.float32), sigma), v, atol=2e-4)
 
 
 def test_sigma_must_be_a_prefix_of_the_shape():

@@ -94,8 +94,8 @@ def test_bad_schedules_name_the_field():
     with pytest.raises(ConfigError, match="steps = 0"):
         schedule.unipc(0, 3.0)
     with pytest.raises(ConfigError, match="shift = -1"):
-        schedule.dpmpp(4, -1)
-    with pytest.raises(ConfigError, match="guidance.low = 0.5"):
+        schedule.dpmpp(4, -1.0)
+    with pytest.raises(ConfigError, match="low = 0.5"):
         guidance.Guidance(low=0.5)
 
 

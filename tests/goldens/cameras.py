@@ -1,4 +1,4 @@
-"""Golden cases of cameras: resampling, relative poses, intrinsics, rays and packed control."""
+"""Golden cases of cameras: resampling, relative poses, intrinsics, rays and the camera embedding."""
 
 import numpy as np
 
