@@ -15,7 +15,8 @@ from lingbot_jax.data.config import DataConfig  # noqa: E402
 from lingbot_jax.models import dit, layers  # noqa: E402
 from lingbot_jax.models.config import DiTConfig, LinearCodecConfig, NgramConfig, UMT5Config, VAEConfig  # noqa: E402
 from lingbot_jax.parallel.mesh import BATCH_AXES, MeshConfig, make_mesh  # noqa: E402
-from lingbot_jax.planning.estimate import plan_encode, plan_train  # noqa: E402
+from lingbot_jax.planning import search as search_module  # noqa: E402
+from lingbot_jax.planning.estimate import Plan, plan_encode, plan_train  # noqa: E402
 from lingbot_jax.planning.programs import Where, case, topology_devices  # noqa: E402
 from lingbot_jax.planning.report import describe, line  # noqa: E402
 from lingbot_jax.planning.search import candidates, settings  # noqa: E402
@@ -171,8 +172,9 @@ def test_what_does_not_fit_has_all_fields_too():
 def test_the_encoders_are_planned_beside_the_state():
     """Of the published kinds, narrow: their products, and the training state that stays where it is."""
     text = UMT5Config(vocab=512, dim=64, heads=4, head_dim=16, ffn=128, layers=2, length=48)
-    codec = VAEConfig(width=8, mults=(1, 1, 1, 1))
-    run = dataclasses.replace(SMALL, world=dataclasses.replace(SMALL.world, codec=codec, text=text))
+    codec = VAEConfig(width=8, mults=(1, 1, 1, 1), blocks=1)
+    world = dataclasses.replace(SMALL.world, codec=codec, text=text)
+    run = dataclasses.replace(SMALL, world=world, size=(64, 64))
     made = case(run, WHERE)
     plan = plan_encode(made)
     held = plan.hbm_bytes_per_chip
@@ -229,6 +231,26 @@ def test_what_was_found_is_named_as_flags():
     run = dataclasses.replace(SMALL, curriculum=phases)
     assert settings(run, 0, other)[:2] == ["--config.mesh.seq=2", "'--config.curriculum[0].batch=2'"]
     assert settings(run, 1, other)[0] == "'--config.curriculum[1].mesh.seq=2'"
+
+
+def test_a_search_puts_what_fits_first_and_then_what_is_fast(monkeypatch):
+    """With compiled programs made up: at seq 1 nothing fits, at others the MFU is the number of devices."""
+
+    def made_up(made, tokens):
+        seq = made.mesh.shape["seq"]
+        blank = dict.fromkeys(field.name for field in dataclasses.fields(Plan))
+        known = {"fits": seq > 1, "mesh": dict(made.mesh.shape), "mfu_without_overlap": seq / 10}
+        return Plan(**blank | known)
+
+    monkeypatch.setattr(search_module, "plan_train", made_up)
+    notes: list[str] = []
+    found = search_module.search(SMALL, WHERE, max_candidates=100, note=notes.append)
+    assert len(found) == len(notes) and notes[0].startswith(f"1/{len(notes)}: seq 4, remat none")
+    order = [(f.plan.fits, f.plan.mesh["seq"]) for f in found]
+    assert order == sorted(order, key=lambda o: (not o[0], -o[1])) and not order[-1][0]
+    assert "--config.mesh.seq=8" in found[0].flags
+    with pytest.raises(ConfigError, match="--search: no mesh of v5p:2x2x3 divides"):
+        search_module.search(SMALL, Where("v5p:2x2x3"), max_candidates=1)
 
 
 def test_slices_are_joined_along_data_only():
