@@ -142,13 +142,13 @@ def open_safetensors(folder: pathlib.Path) -> Safetensors:
                     f"{indices[0]}: weight_map.{name[:200]} = {str(file)[:200]!r}: must be the name of a file beside it"
                 )
         return Safetensors([folder / name for name in sorted(set(weight_map.values()))], weight_map)
-    files = sorted(folder.glob("*.safetensors"))
-    if indices or len(files) != 1:
-        found = [path.name for path in indices or files]
+    shards = sorted(folder.glob("*.safetensors"))
+    if indices or len(shards) != 1:
+        found = [path.name for path in indices or shards]
         raise ConfigError(
             f"{folder}: needs one *.safetensors.index.json or one *.safetensors; found {found[:SHOWN]}"
         )
-    return Safetensors(files)
+    return Safetensors(shards)
 
 
 class TorchFile:
