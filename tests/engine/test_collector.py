@@ -89,9 +89,8 @@ def test_data_set_is_complete(collected):
     assert names == {".lock", "collect.json", "dataset.json", *hashes(collected)}
     described = json.loads((collected / "dataset.json").read_text())
     assert {k: v["clips"] for k, v in described["splits"].items()} == {"train": 14, "held_out": 4}
-    train = described["splits"]["train"]
-    assert train["frames"] == 14 * 9 and train["sources"] == {"vizdoom": 14}
-    assert sum(train["behaviours"].values()) == sum(train["maps"].values()) == 14
+    assert described["splits"]["train"]["frames"] == 14 * 9
+    assert described["splits"]["train"]["sources"] == {"vizdoom": 14}
     written = {n: s["sha256"] for split in described["splits"].values() for n, s in split["shards"].items()}
     assert written == hashes(collected)
     train, held = clips(collected, "train"), clips(collected, "held_out")
@@ -222,8 +221,8 @@ def test_shared_memory_that_nobody_maps_is_removed():
 
 
 class _Broken:
-    def __init__(self, config, work, shard):
-        del config, work, shard
+    def __init__(self, *_):
+        pass
 
     def record(self, task):
         raise ValueError(f"no such scene\n{task.clip_id}")
@@ -235,8 +234,8 @@ class _Broken:
 class _Videos:
     """Someone's own recordings, whatever the plan says."""
 
-    def __init__(self, config, work, shard):
-        del config, work, shard
+    def __init__(self, *_):
+        pass
 
     def record(self, task):
         made = make_clip(task.index, frames=5 + task.index % 2, split=task.split)
