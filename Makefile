@@ -1,44 +1,69 @@
-# Every target makes .venv itself when it is missing and installs what it needs.
-PYTHON ?= python3.11
-BIN := .venv/bin
-RUN := JAX_PLATFORMS=cpu $(BIN)/python
+# Every target makes the virtual environment itself when it is missing and installs what it needs.
+# The newest Python that can make one: a name on the PATH may not run (pyenv's), or lack ensurepip (Debian's).
+# PYTHON= takes another, VENV= another folder.
+RUNS = $(shell $(1) -c "import ensurepip, venv" >/dev/null 2>&1 && echo $(1))
+PYTHON := $(or $(PYTHON),$(firstword $(foreach p,python3.13 python3.12 python3.11,$(call RUNS,$(p)))),python3.11)
+VENV ?= .venv
+# The PyTorch peers are pinned on Python 3.11, and have an environment of their own where PYTHON is another.
+PEERS := $(if $(filter python3.11,$(notdir $(PYTHON))),$(VENV),$(VENV)-peers)
 
-.PHONY: venv demo test test-parity lint bench clean
+BIN = $(VENV)/bin
+RUN = JAX_PLATFORMS=cpu $(BIN)/python
+PIP = $(BIN)/pip install --quiet --disable-pip-version-check
+MADE = $(VENV)/$(notdir $(PYTHON))
+SHORT = tests/models tests/kernels tests/test_golden.py tests/parallel/test_two_processes.py
+# Every stage of the demo, but hardly trained: the numbers it prints mean nothing.
+SHORT_DEMO = --root=runs/short --set=world.steps=20 --set=action.steps=10
 
-# One stamp a set of extras: a change of setup.py installs again.
-.venv/bin/python:
-	$(PYTHON) -m venv .venv
+.PHONY: venv demo demo-short test test-short test-parity lint bench clean
 
-.venv/demo.stamp: setup.py | .venv/bin/python
-	$(BIN)/pip install --quiet --disable-pip-version-check -e ".[data,serve,eval]"
+# One stamp per Python and set of extras: another Python or a change of setup.py installs again.
+$(MADE).stamp:
+	$(PYTHON) -m venv --clear $(VENV)
 	touch $@
 
-.venv/test.stamp: setup.py | .venv/demo.stamp
-	$(BIN)/pip install --quiet --disable-pip-version-check -e ".[tpu,data,serve,eval,test,dev]"
+$(MADE).demo.stamp: setup.py | $(MADE).stamp
+	$(PIP) -e ".[data,serve,eval]"
 	touch $@
 
-.venv/parity.stamp: setup.py | .venv/test.stamp
-	$(BIN)/pip install --quiet --disable-pip-version-check torch==2.13.0
-	$(BIN)/pip install --quiet --disable-pip-version-check -e ".[convert]"
+$(MADE).test.stamp: setup.py | $(MADE).demo.stamp
+	$(PIP) -e ".[tpu,data,serve,eval,test,dev]"
 	touch $@
 
-venv: .venv/test.stamp
+$(MADE).peers.stamp: setup.py | $(MADE).test.stamp
+	$(PIP) torch==2.13.0
+	$(PIP) -e ".[convert]"
+	touch $@
 
-demo: .venv/demo.stamp
+venv: $(MADE).test.stamp
+
+demo: $(MADE).demo.stamp
 	$(RUN) -m experiments.quickstart $(ARGS)
 
-test: .venv/test.stamp
+demo-short: $(MADE).demo.stamp
+	$(RUN) -m experiments.quickstart $(SHORT_DEMO)
+
+test: $(MADE).test.stamp
 	$(RUN) -m pytest -n 2 --dist loadfile -m "not parity" $(ARGS)
 
-test-parity: .venv/parity.stamp
-	$(RUN) -m pytest -m parity $(ARGS)
+# Networks, kernels, goldens and one job of two processes: for the other end of the Pythons and JAX versions.
+test-short: $(MADE).test.stamp
+	$(RUN) -m pytest -n 2 --dist loadfile -m "not parity" $(SHORT) $(ARGS)
 
-lint: .venv/test.stamp
+lint: $(MADE).test.stamp
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-bench: .venv/parity.stamp
+ifeq ($(PEERS),$(VENV))
+test-parity: $(MADE).peers.stamp
+	$(RUN) -m pytest -m parity $(ARGS)
+
+bench: $(MADE).peers.stamp
 	$(RUN) -m tests.bench $(ARGS)
+else
+test-parity bench:
+	$(MAKE) $@ PYTHON=python3.11 VENV=$(PEERS) ARGS="$(ARGS)"
+endif
 
 clean:
-	rm -rf .venv build *.egg-info
+	rm -rf $(VENV) $(PEERS) build *.egg-info

@@ -13,6 +13,8 @@ CORE = [
     "numpy>=2.0",
     "optax>=0.2.8",
     "orbax-checkpoint>=0.12.8,<0.13",
+    "pillow>=12",
+    "psutil>=7.2",
     "pydantic>=2.12,<3",
     "rich>=15",
     "safetensors>=0.8",
@@ -24,14 +26,21 @@ DATA = [
     "av>=18",
     "grain>=0.2.18,<0.3",
     "opencv-python-headless>=4.13",
-    "psutil>=7.2",
     "vizdoom>=1.3.2,<1.4",  # engine licence: non-commercial, see README
 ]
-SERVE = ["av>=18", "pillow>=12"]
-EVAL = ["matplotlib>=3.10", "pillow>=12", "psutil>=7.2"]
+SERVE = ["av>=18"]
+EVAL = ["matplotlib>=3.10"]
 CONVERT = ["torch>=2.13", "diffusers>=0.38", "transformers>=5"]
 TEXT = ["ftfy>=6.3", "tokenizers>=0.22"]
-TEST = ["beartype>=0.22", "hypothesis>=6.150", "pytest>=9", "pytest-xdist>=3.8"]
+GCS = ["gcsfs>=2026.3"]  # runs, data and bundles in gs://
+TEST = [
+    *GCS,
+    "beartype>=0.22",
+    "gcp-storage-emulator>=2026.7",
+    "hypothesis>=6.150",
+    "pytest>=9",
+    "pytest-xdist>=3.8",
+]
 DEV = ["ruff>=0.15,<0.18"]
 
 setup(
@@ -47,6 +56,7 @@ setup(
         "data": DATA,
         "serve": SERVE,
         "eval": EVAL,
+        "gcs": GCS,
         "convert": CONVERT,
         "test": TEST,
         "dev": DEV,

@@ -4,7 +4,9 @@ A user's mistake (a wrong flag, field, file or combination) ends with exit code 
 names the field as it is typed, its value and what is allowed. Anything else is a bug and keeps its stack trace.
 """
 
+import glob
 import importlib.util
+import os
 import pathlib
 import re
 import shlex
@@ -17,9 +19,14 @@ from typing import Any, TypeVar
 from absl import app, flags, logging
 from ml_collections import config_flags
 
+from lingbot_jax.compilation import keep_compiled
 from lingbot_jax.config import ConfigError, Row, build, fields_of, rows
 
 T = TypeVar("T")
+
+_CACHE = flags.DEFINE_string(
+    "compilation_cache", None, "folder of compiled programs, or off; default: in the user's cache folder"
+)
 
 
 class UserError(Exception):
@@ -199,21 +206,32 @@ def typed(message: str) -> str:
     return f"--{message}" if known else message
 
 
-def _report_once() -> None:
-    """Hides what Orbax says of an error in a writing thread before it raises it, which is when we report it."""
-    logging.get_absl_handler().addFilter(
-        lambda record: not record.exc_info or not re.search("orbax|asyncio", record.pathname)
-    )
+def _quiet() -> None:
+    """Leaves out what libraries say although nothing is wrong, or before they raise it, which is when we report it."""
+    # Of plain (not OCDBT) checkpoints, that there is nothing to merge; of an error in a writing thread, its trace.
+    usual = lambda r: r.pathname.endswith("ocdbt_utils.py") and r.getMessage().find("Skipping merge") >= 0
+    early = lambda r: r.exc_info and re.search("orbax|asyncio", r.pathname)
+    logging.get_absl_handler().addFilter(lambda record: not usual(record) and not early(record))
     report = sys.unraisablehook  # of writes that end after the first one failed, without a loop to tell
     sys.unraisablehook = lambda u: None if str(u.exc_value) == "Event loop is closed" else report(u)
+    if not glob.glob("/dev/accel*") and not os.path.exists(
+        "/dev/vfio"
+    ):  # no TPU: libtpu would look for its name
+        os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-1")
+        os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
 
 
 def run(main: Callable[[], None]) -> None:
     """Runs `main()` under absl: flags parsed; user errors as one line and exit code 2, Ctrl-C as 130."""
     logging.set_verbosity(logging.WARNING)
-    _report_once()
+    _quiet()
+
+    def start(_):
+        keep_compiled(_CACHE.value)
+        main()
+
     try:
-        app.run(lambda _: main(), flags_parser=_parse)
+        app.run(start, flags_parser=_parse)
     except (UserError, ConfigError) as error:
         print(f"error: {typed(' '.join(str(error).split()))}", file=sys.stderr)
         sys.exit(2)

@@ -50,8 +50,7 @@ def run(config: GenerateConfig) -> None:
             "seconds": round(time.monotonic() - began, 2),
         }
         generate.write(folder, plan, video, about)
-    video_file = pathlib.Path(config.out) / "video.mp4"
-    console.print(f"{video_file}  {frames} frames of {width}x{height}, {about['seconds']} s")
+    console.print(f"{config.out}/video.mp4  {frames} frames of {width}x{height}, {about['seconds']} s")
 
 
 if __name__ == "__main__":

@@ -63,7 +63,9 @@ def with_offset(x: Float[Array, "b n h k"], offset: Float[Array, "b h n"]) -> Ar
     return jnp.concatenate([x, jnp.pad(more, ((0, 0), (0, 0), (0, 0), (0, width)))], axis=-1)
 
 
-def _kernel(*refs, plan: Plan, tiles: BackwardTiles, heads: int, head_dim: int, scale: float):
+def _kernel(
+    *refs, plan: Plan, tiles: BackwardTiles, heads: int, head_dim: int, scale: float, interpret: bool
+):
     refs = list(refs)
     take = lambda n, when=True: [refs.pop(0) for _ in range(n)] if when else [None] * n
     (steps,) = take(1)
@@ -140,7 +142,10 @@ def _kernel(*refs, plan: Plan, tiles: BackwardTiles, heads: int, head_dim: int, 
             ds = (p * dot(g_ref[0, span], v_t[...], NN)).astype(q_ref.dtype)
             dv[...] += dot(g_t[0, :, span], p.astype(g_ref.dtype), NN)
             dk[...] += dot(q_t[0, :, span], ds, NN)
-            dq_t[row, :, span] += dot(k_t[:head_dim], ds, NT)
+            # In some interpreted programs XLA:CPU of JAX 0.12 makes this a product of two transposed bfloat16 operands
+            # and then refuses it ("Unsupported element type for DotThunk"). Products of bfloat16 are exact in float32.
+            wide = lambda x: x.astype(jnp.float32) if interpret else x
+            dq_t[row, :, span] += dot(wide(k_t[:head_dim]), wide(ds), NT)
 
     tile = tile_columns if by_columns else tile_rows
     pl.when(step & CLEAR != 0)(lambda: tile(masked=False))
@@ -231,7 +236,9 @@ def flash_backward(
     if by_columns:
         scratch.append(vmem(turned, v.dtype))
     dq, dk, dv = pl.pallas_call(
-        functools.partial(_kernel, plan=plan, tiles=tiles, heads=h, head_dim=d, scale=d**-0.5),
+        functools.partial(
+            _kernel, plan=plan, tiles=tiles, heads=h, head_dim=d, scale=d**-0.5, interpret=interpret
+        ),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=len(prefetch),
             grid=(b * h, prefetch[0].shape[1]),

@@ -117,10 +117,14 @@ def _one_line(error: pydantic.ValidationError, kind: type, values: Any, path: st
     if first["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
         owner = _owner(kind, first["loc"][:-1], values)
         return ConfigError(f"{place}: unknown field; allowed: {', '.join(sorted(fields_of(owner)))}")
+    if first["type"] == "union_tag_invalid":
+        kind = value.get("kind") if isinstance(value, Mapping) else None
+        return ConfigError(f"{place}.kind = {_shown(kind)}: must be one of {first['ctx']['expected_tags']}")
     said = first["msg"].replace("Input should be", "must be").replace("Input should", "must")
     said = said.replace("a valid integer", "an integer").replace("a valid number", "a number")
     said = said.replace("a valid string", "a text").replace("an instance of", "a group of fields,")
     said = said.replace("a dictionary or an instance", "a group of fields, an instance")
+    said = said.replace("an object", "a group of fields")
     return ConfigError(f"{place} = {_shown(first['input'])}: {said[0].lower()}{said[1:]}")
 
 

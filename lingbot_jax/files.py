@@ -114,6 +114,16 @@ def whole_folder(out: epath.PathLike, nbytes: int = 0, field: str = "out") -> It
         raise
 
 
+def copy_files(source: epath.Path, target: epath.Path) -> None:
+    """Copies all files below a folder into an existing one, from any file system to any."""
+    for entry in source.iterdir():
+        if entry.is_dir():
+            (target / entry.name).mkdir(exist_ok=True)
+            copy_files(entry, target / entry.name)
+        else:
+            (target / entry.name).write_bytes(entry.read_bytes())
+
+
 def read_json(path: epath.PathLike, field: str = "") -> dict[str, Any]:
     """A JSON object from a regular file of a size that can be meant.
 

@@ -10,4 +10,4 @@ CHECKED = ("models", "control", "diffusion", "parallel", "rollout")
 
 install_import_hook([f"lingbot_jax.{name}" for name in CHECKED], "beartype.beartype")
 
-from tests.object_store import broken_bucket, bucket  # noqa: E402, F401
+from tests.object_store import broken_bucket, bucket, emulated_bucket  # noqa: E402, F401

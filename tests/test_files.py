@@ -29,9 +29,9 @@ def test_a_folder_that_cannot_be_written_to_is_found_before_the_work(tmp_path):
         pytest.fail("the block ran")
     (tmp_path / "file").write_text("")
     for out in ("none/out", "file/out", "file", "."):
-        with pytest.raises(ConfigError, match=r"^--out = '") as caught:
-            with files.whole_folder(tmp_path / out, field="--out"):
-                pytest.fail("the block ran")
+        refused = pytest.raises(ConfigError, match=r"^--out = '")
+        with refused as caught, files.whole_folder(tmp_path / out, field="--out"):
+            pytest.fail("the block ran")
         assert "\n" not in str(caught.value)
 
 
@@ -48,9 +48,9 @@ def test_a_folder_is_whole_or_gone(tmp_path):
 
 
 def test_a_full_disk_is_refused(tmp_path):
-    with pytest.raises(ConfigError, match=r"^out = .*: needs 1000000000\.0 GB, and .* are free there"):
-        with files.whole_folder(tmp_path / "out", nbytes=10**18):
-            pytest.fail("the block ran")
+    refused = pytest.raises(ConfigError, match=r"^out = .*: needs 1000000000\.0 GB, and .* are free there")
+    with refused, files.whole_folder(tmp_path / "out", nbytes=10**18):
+        pytest.fail("the block ran")
     assert os.listdir(tmp_path) == []
 
 
@@ -92,6 +92,6 @@ def test_the_same_in_an_object_store(bucket):
 
 
 def test_a_store_that_cannot_be_reached_is_one_line(broken_bucket):
-    with pytest.raises(ConfigError, match=r"^--out = 'gs://broken/out': no such bucket: broken$"):
-        with files.whole_folder(f"{broken_bucket}/out", field="--out"):
-            pytest.fail("the block ran")
+    refused = pytest.raises(ConfigError, match=r"^--out = 'gs://broken/out': no such bucket: broken$")
+    with refused, files.whole_folder(f"{broken_bucket}/out", field="--out"):
+        pytest.fail("the block ran")

@@ -106,6 +106,11 @@ def _build(kind: type[T], values: Mapping[str, Any], place: str, names: Mapping[
         raise ConfigError(re.sub(r"^@\.(\w+)", theirs, str(error), count=1)) from None
 
 
+def text_len(values: Mapping[str, Any], place: pathlib.Path) -> int:
+    """Tokens per text; diffusers does not say it."""
+    return Fields(values, place).whole("text_len", UMT5Config().length)
+
+
 def wan(
     values: Mapping[str, Any], place: pathlib.Path, source: Source, stride: int, control: Control | None
 ) -> tuple[DiTConfig, tuple[int, int]]:

@@ -15,6 +15,7 @@ import numpy as np
 from etils import epath
 
 from lingbot_jax import axes as ax
+from lingbot_jax import files
 from lingbot_jax.config import ConfigError
 from lingbot_jax.control.plucker import Control
 from lingbot_jax.convert import folders
@@ -120,7 +121,7 @@ def _look(path: str, control: Control | None) -> Contents:
     with storage.errors_as(lambda why: ConfigError(f"source = {path!r}: cannot be read ({why})")):
         bundle = (folder / BUNDLE).exists()
         described = not bundle and (folder / RUN).is_file()
-        run = described and "world" in storage.read_json(folder / RUN, "source")
+        run = described and "world" in files.read_json(folder / RUN, "source")
     if bundle or run:
         if control is not None:
             raise ConfigError(f"control = {control!r}: only of a checkpoint folder; {path} says its own")

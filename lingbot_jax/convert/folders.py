@@ -17,13 +17,13 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
+from lingbot_jax import files
 from lingbot_jax.config import ConfigError, build
 from lingbot_jax.control.plucker import Control
 from lingbot_jax.convert import configs, names_dit, names_text, names_vae
 from lingbot_jax.convert.names import Entry
 from lingbot_jax.convert.read import Safetensors, Source, TorchFile, open_safetensors
 from lingbot_jax.models.config import DiTConfig, UMT5Config, VAEConfig
-from lingbot_jax.worlds import storage
 from lingbot_jax.worlds.config import BOUNDARY, CausalConfig, SampleConfig, WorldConfig
 from lingbot_jax.worlds.world import CODEC, TEXT
 
@@ -85,16 +85,15 @@ def find(folder: str | pathlib.Path, control: Control | None = None) -> Checkpoi
     if not folder.is_dir():
         raise ConfigError(f"source = {str(folder)!r}: no such folder")
     places = [folder, *sorted(p for p in folder.iterdir() if p.is_dir())]
-    found = {
-        p: storage.read_json(p / "config.json", "source") for p in places if (p / "config.json").is_file()
-    }
+    found = {p: files.read_json(p / "config.json", "source") for p in places if (p / "config.json").is_file()}
     kinds = {place: _class(values) for place, values in found.items()}
     if kinds.get(folder, WAN[0]) not in KNOWN:
         raise ConfigError(
             f"{folder}/config.json: _class_name = {kinds[folder][:100]!r}: known are {', '.join(KNOWN)}"
         )
     transformers = _transformers(folder, kinds)
-    text_len = next((found[p].get("text_len") for p in transformers.values() if "text_len" in found[p]), 512)
+    lengths = [configs.text_len(found[place], place) for place in transformers.values()]
+    text_len = lengths[0] if lengths else UMT5Config().length
     encoders = [_codec(folder, found, kinds), _text(folder, found, kinds, text_len)]
     codec, text = encoders
     stride = codec.config.stride[1] if codec else VAEConfig().stride[1]
@@ -167,7 +166,7 @@ def _two_experts(folder: pathlib.Path) -> bool:
 
 def _index(folder: pathlib.Path) -> dict[str, Any]:
     path = folder / "model_index.json"
-    return storage.read_json(path, "source") if path.is_file() else {}
+    return files.read_json(path, "source") if path.is_file() else {}
 
 
 def _boundary(folder: pathlib.Path) -> Any:
@@ -178,7 +177,7 @@ def _boundary(folder: pathlib.Path) -> Any:
 def _sample(folder: pathlib.Path) -> SampleConfig:
     """As published, with the shift of the folder's scheduler if it has one."""
     path = folder / "scheduler" / "scheduler_config.json"
-    values = storage.read_json(path, "source") if path.is_file() else {}
+    values = files.read_json(path, "source") if path.is_file() else {}
     name = next((name for name in ("flow_shift", "shift") if values.get(name) is not None), None)
     shift = (
         SampleConfig().shift if name is None else _checked(SampleConfig, "shift", values[name], path, name)

@@ -16,10 +16,10 @@ import numpy as np
 from flax import nnx
 from safetensors import SafetensorError, safe_open
 
+from lingbot_jax import files
 from lingbot_jax.config import ConfigError
 from lingbot_jax.convert.names import Entry, Slot, expand, layers_of, part_names
 from lingbot_jax.models import params
-from lingbot_jax.worlds import storage
 
 SHOWN = 5  # differences that an error names
 
@@ -133,7 +133,7 @@ def open_safetensors(folder: pathlib.Path) -> Safetensors:
     """
     indices = sorted(folder.glob("*.safetensors.index.json"))
     if len(indices) == 1:
-        weight_map = storage.read_json(indices[0], "source").get("weight_map")
+        weight_map = files.read_json(indices[0], "source").get("weight_map")
         if not (isinstance(weight_map, dict) and weight_map):
             raise ConfigError(f"{indices[0]}: weight_map must be a group of tensor names with their files")
         for name, file in weight_map.items():
@@ -142,13 +142,13 @@ def open_safetensors(folder: pathlib.Path) -> Safetensors:
                     f"{indices[0]}: weight_map.{name[:200]} = {str(file)[:200]!r}: must be the name of a file beside it"
                 )
         return Safetensors([folder / name for name in sorted(set(weight_map.values()))], weight_map)
-    files = sorted(folder.glob("*.safetensors"))
-    if indices or len(files) != 1:
-        found = [path.name for path in indices or files]
+    shards = sorted(folder.glob("*.safetensors"))
+    if indices or len(shards) != 1:
+        found = [path.name for path in indices or shards]
         raise ConfigError(
             f"{folder}: needs one *.safetensors.index.json or one *.safetensors; found {found[:SHOWN]}"
         )
-    return Safetensors(files)
+    return Safetensors(shards)
 
 
 class TorchFile:

@@ -1,10 +1,11 @@
-"""Batches of clip windows from shards, with Grain: shuffled, shared among processes, resumable (docs/data.md).
+"""Batches of crops of clips: a function of (seed, step), for any number of processes (docs/data.md).
 
-A training stream never ends. Its order is a function of (seed, epoch): every epoch is a shuffle of all records,
-of which process p of n takes every n-th; which window of a record is taken is a function of (seed, epoch,
-record). The state is a position in that stream, so it is small and restoring it repeats the stream exactly.
+Row r of step s has the global index g = s * batch + r. Its epoch is g // n of the n records, and its record stands
+at place g % n of a permutation that belongs to (seed, epoch); the crop of it begins where (seed, epoch, record) says.
+A record that cannot be read, or is too short, is replaced by one drawn from (seed, step, row, try). Nothing depends
+on what was read before, so there is no position to save, and every process makes the rows that it is asked for.
 
-A batch is a dict of arrays (b clips of f frames):
+A batch is a dict of arrays (b crops of f frames):
 
     frames      uint8    [b f h w 3]        keys        uint8   [b f 8], row 0 zeros
     c2w         float64  [b f 4 4]          intrinsics  float32 [b f 4]
@@ -12,195 +13,147 @@ A batch is a dict of arrays (b clips of f frames):
 """
 
 import dataclasses
+import functools
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import grain
 import numpy as np
 from grain.experimental import ThreadPrefetchIterDataset
 
-from lingbot_jax.config import require
-from lingbot_jax.data.records import Damage, DataError, Records, find_shards
-from lingbot_jax.data.schema import Clip, ClipError, decode
+from lingbot_jax.config import ConfigError
+from lingbot_jax.data.config import DataConfig
+from lingbot_jax.data.records import DataError, ErrorBudget, Records, find_shards
+from lingbot_jax.data.schema import ClipError, decode
 
 Batch = dict[str, Any]
 Transform = Callable[[Batch], Batch]
 _ARRAYS = ("frames", "keys", "c2w", "intrinsics")
 _TEXTS = ("narrative", "static", "record_ids")
+_ORDER, _CROP, _REPLACEMENT = range(3)  # purposes of randomness
+_ENDLESS = 2**48  # rows of a stream
 
 
-@dataclasses.dataclass(frozen=True)
-class LoaderConfig:
-    """How to read a data set.
+class Dataset:
+    """The clips of a split, by step and row; see the module docstring. Safe to share among threads.
 
-    Attributes:
-      path: its folder. frames: of a window, 4n+1. batch: clips of one process.
-      seed: of the order and the windows.
-      skip_limit: damaged records and shards that are skipped before the run stops.
-      threads: that read and decode records; 0 reads when asked. prefetch: batches made ahead.
-      processes: that make batches in place of threads; worth it only with cores to spare.
+    Raises:
+      DataError: no complete data set in the folder, fewer clips than a batch, or (also while reading) more bad
+        records than `config.max_bad_records`.
     """
 
-    path: str
-    frames: int = 33
-    batch: int = 16
-    seed: int = 0
-    skip_limit: int = 16
-    threads: int = 1
-    prefetch: int = 4
-    processes: int = 0
+    def __init__(self, config: DataConfig, split: str = "train"):
+        self.config = config
+        self._records = Records(find_shards(config.path, split), ErrorBudget(config.max_bad_records))
+        if self._records.readable < config.batch:
+            raise DataError(
+                f"config.data.path = {config.path!r}: {self._records.readable} readable clips for"
+                f" config.data.batch = {config.batch}; collect more clips or take a smaller batch"
+            )
 
-    def __post_init__(self):
-        require(
-            self.frames > 0 and self.frames % 4 == 1, "data.frames", self.frames, "must be 4n+1, as 33 or 81"
-        )
-        require(self.batch > 0, "data.batch", self.batch, "must be positive")
-        for name in ("seed", "skip_limit", "threads", "processes"):
-            require(getattr(self, name) >= 0, f"data.{name}", getattr(self, name), "must not be negative")
-        require(self.prefetch > 0, "data.prefetch", self.prefetch, "must be positive")
+    def __len__(self) -> int:
+        """Records of an epoch."""
+        return len(self._records)
 
+    def row(self, step: int, row: int) -> Batch:
+        """The crop of row 0 <= `row` < config.batch of `step`: as a batch, without the axis b."""
+        seed, attempt = self.config.seed, 0
+        epoch, place = divmod(step * self.config.batch + row, len(self))
+        record = self._order(epoch)[place]
+        while (made := self.crop(record, np.random.default_rng([seed, _CROP, epoch, record]))) is None:
+            draw = np.random.default_rng([seed, _REPLACEMENT, step, row, attempt])
+            record, attempt = int(draw.integers(len(self))), attempt + 1
+        return made
 
-@dataclasses.dataclass(frozen=True)
-class _Window:
-    """Decodes one record and cuts the window of its epoch; None if the record is damaged."""
+    def rows(self, step: int, rows: Sequence[int]) -> Batch:
+        """A batch of those rows of `step`. Raises DataError, also for clips of different sizes."""
+        return stack([self.row(step, row) for row in rows])
 
-    records: Records
-    config: LoaderConfig
-    per_epoch: int
-    random: bool
-
-    def __call__(self, position: int, record: int) -> Batch | None:
-        blob = self.records[record]
+    def crop(self, record: int, rng: np.random.Generator | None) -> Batch | None:
+        """A crop of a record, from its first frame without `rng`; None if it is bad and the budget is not spent."""
+        blob = self._records[record]
         if blob is None:
             return None
-        name = self.records.name(record)
+        frames, name = self.config.frames, self._records.name(record)
         try:
             clip = decode(blob)
-            start = self._start(position // self.per_epoch, record, clip) if self.random else 0
-            clip = clip.window(start, self.config.frames)
+            last = max(0, len(clip) - frames)
+            start = 0 if rng is None else int(rng.integers(last + 1))
+            clip = clip.crop(start, frames)
         except ClipError as error:
-            self.records.damage.report(name, str(error))
+            self._records.budget.report(name, str(error))
             return None
         arrays = {a: getattr(clip, a) for a in _ARRAYS}
         texts = {"narrative": clip.captions.narrative, "static": clip.captions.static}
         return arrays | texts | {"record_ids": f"{name}:{start}"}
 
-    def _start(self, epoch: int, record: int, clip: Clip) -> int:
-        last = len(clip) - self.config.frames
-        return (
-            int(np.random.default_rng([self.config.seed, epoch, record]).integers(last + 1))
-            if last > 0
-            else 0
-        )
+    @functools.lru_cache(maxsize=4)  # noqa: B019 - a data set lives as long as its program
+    def _order(self, epoch: int) -> grain.MapDataset[int]:
+        """The permutation of an epoch: Grain's index shuffle, of which no more than the asked place is computed."""
+        seed = np.random.SeedSequence([self.config.seed, _ORDER, epoch]).generate_state(1)[0]
+        return grain.MapDataset.range(len(self)).shuffle(int(seed))
 
 
-def _stack(windows: list[Batch]) -> Batch:
-    """One batch of windows.
+def stack(crops: Sequence[Batch]) -> Batch:
+    """One batch of crops.
 
     Raises:
       DataError: clips of different sizes.
     """
-    sizes = {w["frames"].shape: w["record_ids"] for w in windows}
+    sizes = {c["frames"].shape: c["record_ids"] for c in crops}
     if len(sizes) > 1:
         (one, a), (other, b), *_ = sizes.items()
         raise DataError(f"clips of different sizes: {a} has {one[1:3]}, {b} has {other[1:3]} pixels")
-    batch = {name: np.stack([w[name] for w in windows]) for name in _ARRAYS}
-    return batch | {name: np.array([w[name] for w in windows]) for name in _TEXTS}
+    batch = {name: np.stack([c[name] for c in crops]) for name in _ARRAYS}
+    return batch | {name: np.array([c[name] for c in crops]) for name in _TEXTS}
+
+
+@dataclasses.dataclass(frozen=True)
+class _Rows:
+    """The rows of all steps from `start`, one after another: what Grain reads at random."""
+
+    dataset: Dataset
+    rows: Sequence[int]
+    start: int
+
+    def __len__(self) -> int:
+        return _ENDLESS
+
+    def __getitem__(self, i: int) -> Batch:
+        step, r = divmod(int(i), len(self.rows))
+        return self.dataset.row(self.start + step, self.rows[r])
 
 
 def _close(iterators: list[grain.DatasetIterator]) -> None:
-    """Stops the threads or processes of the iterator and drops it."""
+    """Stops the threads of the iterator and drops it."""
     iterators.pop().close()
 
 
-class TrainLoader:
-    """An endless stream of batches; see the module docstring.
+class BatchStream:
+    """The batches of steps `start`, start + 1, ... without end, made ahead by threads.
 
     Args:
-      process: (index, count) of this process among those that share the data.
-      transform: applied to every batch, in the thread that makes it ready (for instance to latents).
-
-    Raises:
-      DataError: no complete data set in the folder, or too much damage (also while reading).
+      rows: of every step's batch, those of this process.
+      transform: applied to every batch, in the thread that makes it ready.
     """
 
-    def __init__(
-        self,
-        config: LoaderConfig,
-        process: tuple[int, int] = (0, 1),
-        transform: Transform | None = None,
-        split: str = "train",
-    ):
-        records = Records(find_shards(config.path, split), Damage(config.skip_limit))
-        index, count = process
-        require(index in range(count), "process", process, "must be (index, count), index below count")
-        if len(records) < config.batch * count:
-            raise DataError(
-                f"data {config.path}: {len(records)} clips for {count} processes x data.batch = {config.batch};"
-                " collect more clips or take a smaller batch"
-            )
-        self._identity = {
-            "records": len(records),
-            "split": split,
-            "sharing": count,  # not the index: one process's position is every process's
-            **{k: getattr(config, k) for k in ("frames", "batch", "seed", "processes")},
-        }
-        order = grain.MapDataset.range(len(records)).shuffle(config.seed)[index::count]
-        windows = order.repeat().map_with_index(_Window(records, config, len(order), random=True))
-        reading = grain.ReadOptions(num_threads=config.threads, prefetch_buffer_size=2 * config.batch)
-        batches = windows.to_iter_dataset(reading).batch(config.batch, drop_remainder=True, batch_fn=_stack)
-        if config.processes:
-            batches = batches.mp_prefetch(grain.MultiprocessingOptions(config.processes, config.prefetch))
+    def __init__(self, dataset: Dataset, rows: Sequence[int], start: int, transform: Transform | None = None):
+        config = dataset.config
+        reading = grain.ReadOptions(num_threads=config.threads, prefetch_buffer_size=2 * len(rows))
+        single = grain.MapDataset.source(_Rows(dataset, rows, start)).to_iter_dataset(reading)
+        batches = single.batch(len(rows), drop_remainder=True, batch_fn=stack)
         if transform is not None:
             batches = batches.map(transform)
-        if not config.processes:
-            batches = ThreadPrefetchIterDataset(batches, prefetch_buffer_size=config.prefetch)
-        self._iterators = [iter(batches)]
+        self._made = [iter(ThreadPrefetchIterDataset(batches, prefetch_buffer_size=config.prefetch))]
         # Also at exit: threads that still fill the buffer while the interpreter goes down abort it.
-        self.close = weakref.finalize(self, _close, self._iterators)
+        self.close = weakref.finalize(self, _close, self._made)
 
-    def __iter__(self) -> "TrainLoader":
+    def __iter__(self) -> "BatchStream":
         return self
 
     def __next__(self) -> Batch:
-        return next(self._iterators[0])
-
-    def get_state(self) -> dict[str, Any]:
-        """The position after the last batch taken, as JSON values."""
-        return {"of": self._identity, "at": self._iterators[0].get_state()}
-
-    def set_state(self, state: dict[str, Any]) -> None:
-        """Goes on behind the batch that was the last one taken when `state` was got.
-
-        Raises:
-          DataError: the state belongs to other data or other settings.
-        """
-        for name, value in self._identity.items():
-            theirs = state["of"].get(name)
-            if theirs != value:
-                raise DataError(
-                    f"data.{name} = {value!r}: the checkpoint was made with {theirs!r}; use that value"
-                )
-        self._iterators[0].set_state(state["at"])
-
-
-def evaluation_batches(
-    config: LoaderConfig, split: str = "held_out", clips: int | None = None
-) -> Iterator[Batch]:
-    """Every clip once, in order, from its first frame; the last batch may be smaller.
-
-    Args:
-      clips: only that many, the first ones.
-    """
-    records = Records(find_shards(config.path, split), Damage(config.skip_limit))
-    window, waiting = _Window(records, config, len(records), random=False), []
-    for k in range(min(len(records), clips or len(records))):
-        made = window(k, k)
-        if made is not None:
-            waiting.append(made)
-        if len(waiting) == config.batch:
-            yield _stack(waiting)
-            waiting = []
-    if waiting:
-        yield _stack(waiting)
+        try:
+            return next(self._made[0])
+        except ConfigError as error:  # Grain adds lines about its traceback to the message
+            raise type(error)(str(error).partition("\n")[0]) from None

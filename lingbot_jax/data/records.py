@@ -1,27 +1,32 @@
 """Shards of records: ArrayRecord files that appear whole or not at all, and a reader that survives damage.
 
 A shard is `<split>-00003-of-00012.array_record`, one clip a record and one record a chunk (group_size:1), so
-that any record is one read. It is written under a temporary name and renamed when it is whole.
+that any record is one read: of a local file or, by ArrayRecord's own client, of an object in gs://.
 """
 
 import hashlib
+import json
 import logging
 import os
 import re
 import threading
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
+from etils import epath
 
 from lingbot_jax.data.schema import ClipError
+from lingbot_jax.files import is_remote, reached, whole_file
 
 SUFFIX = ".array_record"
+DATASET = "dataset.json"
 _NAME = re.compile(r"(?P<split>\w+)-(?P<index>\d{5})-of-(?P<count>\d{5})\.array_record")
 
 
 class DataError(ClipError):
-    """A data set that cannot be read on: missing, incomplete, or with too much damage."""
+    """A data set that cannot be read on: missing, incomplete, or with too many bad records."""
 
 
 def shard_name(split: str, index: int, count: int) -> str:
@@ -29,63 +34,56 @@ def shard_name(split: str, index: int, count: int) -> str:
     return f"{split}-{index:05d}-of-{count:05d}{SUFFIX}"
 
 
-def write_shard(path: Path, records: Iterable[bytes], compression: str) -> None:
+def write_shard(path: epath.PathLike, records: Iterable[bytes], compression: str) -> None:
     """Writes all `records` to `path`, which then exists whole; if this is interrupted it does not exist.
 
     Args:
       compression: "uncompressed", or an ArrayRecord codec such as "zstd:3".
     """
-    part = path.with_name(f".{path.name}.part")
-    part.unlink(missing_ok=True)
-    writer = ArrayRecordWriter(str(part), f"group_size:1,{compression}")
-    try:
-        for record in records:
-            writer.write(record)
-        writer.close()
-    except BaseException:
-        if writer.is_open():
+    with whole_file(path) as partial:
+        writer = ArrayRecordWriter(str(partial), f"group_size:1,{compression}")
+        try:
+            for record in records:
+                writer.write(record)
+        finally:
             writer.close()
-        part.unlink(missing_ok=True)
-        raise
-    with open(part, "rb") as file:
-        os.fsync(file.fileno())
-    os.replace(part, path)
 
 
-def file_sha256(path: Path) -> str:
-    with open(path, "rb") as file:
+def file_sha256(path: epath.PathLike) -> str:
+    with epath.Path(path).open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def find_shards(folder: str | Path, split: str) -> list[Path]:
+def find_shards(folder: epath.PathLike, split: str) -> list[epath.Path]:
     """The shards of a split, in order.
 
     Raises:
       DataError: there are none, or one is missing.
+      ConfigError: the folder cannot be read.
     """
-    found = sorted(p for p in Path(folder).glob(f"{split}-*{SUFFIX}") if _NAME.fullmatch(p.name))
+    with reached(folder, "config.data.path"):
+        found = sorted(p for p in epath.Path(folder).glob(f"{split}-*{SUFFIX}") if _NAME.fullmatch(p.name))
+    place = f"config.data.path = {os.fspath(folder)!r}"
     if not found:
-        raise DataError(
-            f"data {folder}: no shard {split}-*{SUFFIX}; collect first (python -m experiments.collect)"
-        )
+        raise DataError(f"{place}: no shard {split}-*{SUFFIX}; collect first (python -m experiments.collect)")
     counts = {_NAME.fullmatch(p.name)["count"] for p in found}
     if len(counts) > 1:
-        raise DataError(f"data {folder}: shards of two data sets (of-{', of-'.join(sorted(counts))})")
+        raise DataError(f"{place}: shards of two data sets (of-{', of-'.join(sorted(counts))})")
     count = int(counts.pop())
     present = {int(_NAME.fullmatch(p.name)["index"]) for p in found}
     missing = sorted(set(range(count)) - present)
     if missing:
         raise DataError(
-            f"data {folder}: {shard_name(split, missing[0], count)} is missing ({len(missing)} of {count} shards);"
+            f"{place}: {shard_name(split, missing[0], count)} is missing ({len(missing)} of {count} shards);"
             " run the collector again to complete it"
         )
     return found
 
 
-class Damage:
-    """Counts faulty records and shards against a limit. Each is logged once, with its name.
+class ErrorBudget:
+    """Counts bad records and shards against `max_bad_records`. Each is logged once, with its name.
 
-    A fault met again (another epoch, a resumed run) counts once.
+    A fault met again (another epoch) counts once.
     """
 
     def __init__(self, limit: int):
@@ -106,44 +104,45 @@ class Damage:
             count = len(self._seen)
         line = f"{where}: {problem}"
         if count > self._limit:
-            raise DataError(f"{line}; {count} faults, the limit (skip_limit) is {self._limit}")
-        logging.getLogger(__name__).warning("skipped %s (fault %d of %d)", line, count, self._limit)
+            raise DataError(f"{line}; {count} bad records, config.data.max_bad_records = {self._limit}")
+        logging.getLogger(__name__).warning("replaced %s (bad record %d of %d)", line, count, self._limit)
 
     def leave_one_of(self, records: int) -> None:
         """Lowers the limit so that it cannot allow all that many records to be faulty: nothing would be left."""
         self._limit = min(self._limit, len(self._seen) + records - 1)
 
-    # The lock cannot travel to a worker process.
-    def __getstate__(self):
-        return {"_limit": self._limit, "_seen": self._seen}
-
-    def __setstate__(self, state):
-        self.__dict__.update(state)
-        self._lock = threading.Lock()
-
 
 class Records:
     """Random access to the raw records of some shards, across all of them.
 
-    A shard that cannot be opened (cut off, foreign, empty) is one fault and contributes no records.
+    A shard that cannot be opened (cut off, foreign, no regular file) is one fault. Its records keep their numbers
+    where dataset.json knows how many they are, so that the order of the others does not depend on it.
+
+    Attributes:
+      readable: how many records are in shards that could be opened.
     """
 
-    def __init__(self, shards: Iterable[Path], damage: Damage):
-        self.damage = damage
+    def __init__(self, shards: Iterable[epath.PathLike], budget: ErrorBudget):
+        self.budget = budget
+        self.readable = 0
         self._local = threading.local()
-        self._index: list[tuple[Path, int]] = []
-        for path in shards:
+        self._index: list[tuple[epath.Path, int]] = []
+        self._closed: set[epath.Path] = set()
+        for path in map(epath.Path, shards):
             reader = _open(path)
             if reader is None:
-                damage.report(
-                    path.name, "not a whole ArrayRecord file; delete it and run the collector again"
-                )
-                continue
-            self._index += [(path, i) for i in range(reader.num_records())]
-            reader.close()
-        if not self._index:
+                advice = "not a whole ArrayRecord file; delete it and run the collector again"
+                budget.report(path.name, advice)
+                count = _promised(path)
+                self._closed.add(path)
+            else:
+                count = reader.num_records()
+                self.readable += count
+                reader.close()
+            self._index += [(path, i) for i in range(count)]
+        if not self.readable:
             raise DataError("no shard holds a readable record; collect the data again")
-        damage.leave_one_of(len(self._index))
+        budget.leave_one_of(self.readable)
 
     def __len__(self) -> int:
         return len(self._index)
@@ -154,40 +153,45 @@ class Records:
         return f"{path.name.removesuffix(SUFFIX)}:{index}"
 
     def __getitem__(self, i: int) -> bytes | None:
-        """The bytes of record i, or None if they are damaged and the limit is not reached.
+        """The bytes of record i, or None if they are damaged and the budget is not spent.
 
         Raises:
-          DataError: the limit of faults is passed.
+          DataError: the budget is spent.
         """
         path, index = self._index[i]
+        if path in self._closed:
+            return None
         try:
             return self._reader(path).read([index])[0]
-        except (
-            RuntimeError,
-            IndexError,
-        ) as error:  # riegeli reports damage in paragraphs: keep the first words
-            self.damage.report(self.name(i), re.split(r"[;,(]", str(error), maxsplit=1)[0].strip())
+        except (RuntimeError, IndexError) as error:
+            # Riegeli reports damage in paragraphs: keep the first words.
+            self.budget.report(self.name(i), re.split(r"[;,(]", str(error), maxsplit=1)[0].strip())
             return None
 
-    def _reader(self, path: Path) -> ArrayRecordReader:
+    def _reader(self, path: epath.Path) -> ArrayRecordReader:
         """One open reader a thread and shard: readers are not safe to share."""
         readers = self._local.__dict__.setdefault("readers", {})
         if path not in readers:
             readers[path] = ArrayRecordReader(str(path), "readahead_buffer_size:0")
         return readers[path]
 
-    def __getstate__(self):
-        return {"damage": self.damage, "_index": self._index}
 
-    def __setstate__(self, state):
-        self.__dict__.update(state)
-        self._local = threading.local()
-
-
-def _open(path: Path) -> ArrayRecordReader | None:
+def _open(path: epath.Path) -> ArrayRecordReader | None:
     """A reader, or None if the file is not a whole ArrayRecord file (which the library reports by `ok`)."""
+    if not is_remote(path) and not Path(path).is_file():  # opening a FIFO would wait for ever
+        return None
     try:
         reader = ArrayRecordReader(str(path), "readahead_buffer_size:0")
     except (RuntimeError, ValueError):
         return None
     return reader if reader.ok() and reader.num_records() > 0 else None
+
+
+def _promised(path: epath.Path) -> int:
+    """How many records a shard has by its data set's dataset.json; 0 if that says nothing."""
+    try:
+        splits: dict[str, Any] = json.loads((path.parent / DATASET).read_text())["splits"]
+        count = splits[_NAME.fullmatch(path.name)["split"]]["shards"][path.name]["clips"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return 0
+    return count if isinstance(count, int) and 0 < count < 2**24 else 0

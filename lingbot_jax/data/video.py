@@ -9,6 +9,8 @@ import cv2
 import numpy as np
 from jaxtyping import UInt8
 
+from lingbot_jax.files import whole_file, write_whole
+
 Frames = UInt8[np.ndarray, "f h w 3"]
 
 
@@ -16,13 +18,14 @@ def write_mp4(path: str | pathlib.Path, frames: Frames, fps: float, scale: int =
     """Writes RGB frames as H.264 (yuv420p, index first, so that a browser starts at once); whole or not at all.
 
     Args:
-      fps: frames a second. scale: integer enlargement without smoothing; odd sizes lose their last row or column.
+      fps: frames per second. scale: integer enlargement without smoothing; odd sizes lose their last row or column.
     """
-    path = pathlib.Path(path)
-    partial = path.with_name(path.name + ".partial")
     frames = frames.repeat(scale, axis=1).repeat(scale, axis=2)
     height, width = frames.shape[1] // 2 * 2, frames.shape[2] // 2 * 2
-    with av.open(str(partial), "w", format="mp4", options={"movflags": "+faststart"}) as container:
+    with (
+        whole_file(path) as partial,
+        av.open(str(partial), "w", format="mp4", options={"movflags": "+faststart"}) as container,
+    ):
         stream = container.add_stream("libx264", rate=fractions.Fraction(fps).limit_denominator(1001))
         stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
         stream.options = {"crf": "16", "preset": "medium"}
@@ -31,13 +34,12 @@ def write_mp4(path: str | pathlib.Path, frames: Frames, fps: float, scale: int =
                 stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24"))
             )
         container.mux(stream.encode())
-    partial.replace(path)
 
 
 def contact_sheet(
     rows: Sequence[tuple[str, Frames]], columns: int, scale: int = 2, margin: int = 4
 ) -> UInt8[np.ndarray, "H W 3"]:
-    """Frames of several videos, evenly spread over time, one labelled row a video."""
+    """Frames of several videos, evenly spread over time, one labelled row per video."""
     cells = []
     for label, video in rows:
         picked = video[np.linspace(0, len(video) - 1, columns).round().astype(int)]
@@ -59,6 +61,6 @@ def contact_sheet(
 
 
 def write_image(path: str | pathlib.Path, image: UInt8[np.ndarray, "h w 3"]) -> None:
-    """Writes an RGB image in the format of the file name. Raises OSError if it cannot."""
-    if not cv2.imwrite(str(path), cv2.cvtColor(image, cv2.COLOR_RGB2BGR)):
-        raise OSError(f"{path}: cannot be written")
+    """Writes an RGB image in the format of the file name, whole or not at all. Raises OSError if it cannot."""
+    _, encoded = cv2.imencode(pathlib.PurePath(path).suffix, cv2.cvtColor(image, cv2.COLOR_RGB2BGR))
+    write_whole(path, encoded.tobytes())

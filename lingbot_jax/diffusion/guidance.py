@@ -36,7 +36,7 @@ class Guidance:
         return self.low != 1.0 or self.high != 1.0
 
 
-def combine(cond: Velocity, uncond: Velocity, scale: float) -> Velocity:
+def combine(cond: Velocity, uncond: Velocity, scale: float | Float[Array, ""]) -> Velocity:
     return uncond + scale * (cond - uncond)
 
 

@@ -85,7 +85,7 @@ def held_out_clips(
     return {name: np.array(values[:count]) for name, values in found.items()}
 
 
-def check_size(world: World, clips: Rows, field: str = "config.size") -> None:
+def check_size(world: World, clips: Rows, field: str = "config.data.size") -> None:
     """Raises ConfigError unless the clips are of a size and length that the world has."""
     config, stride = world.config, world.config.codec.stride[0]
     frames, height, width = clips["frames"].shape[1:4]
@@ -130,7 +130,7 @@ def evaluate_world(
             prepared = prepare(
                 world.config, world.text, rows, np.ones(batch, np.int32), captions=rows["captions"]
             )
-            video = sample_clips(world, prepared, sample, seed=seed, indices=rows["index"])
+            video = sample_clips(world, prepared, sample, seed=seed, indices=rows["index"].tolist())
             videos.append(np.asarray(to_uint8(video))[: len(own)])
         return np.concatenate(videos)
 

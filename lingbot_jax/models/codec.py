@@ -132,6 +132,6 @@ def to_float(frames: Shaped[Array, "..."] | np.ndarray) -> Float[Array, "..."]:
     return frames.astype(jnp.float32) / 127.5 - 1.0 if frames.dtype == jnp.uint8 else frames
 
 
-def to_uint8(video: Float[Array, "..."]) -> Shaped[Array, "..."]:
+def to_uint8(video: Float[Array | np.ndarray, "..."]) -> Shaped[Array, "..."]:
     """Video in [-1, 1] to uint8, rounded to nearest."""
     return jnp.round((jnp.clip(video, -1.0, 1.0) + 1.0) * 127.5).astype(jnp.uint8)

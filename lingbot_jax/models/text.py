@@ -15,7 +15,6 @@ import functools
 import hashlib
 import html
 import math
-import pathlib
 import re
 from collections.abc import Sequence
 from typing import Protocol, runtime_checkable
@@ -25,6 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import tokenizers
+from etils import epath
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Float32, Int, Int32
 
@@ -241,20 +241,20 @@ class UMT5(nnx.Module):
         return self.norm(x)
 
 
-def load_tokenizer(path: str | pathlib.Path, length: int) -> tokenizers.Tokenizer:
+def load_tokenizer(path: epath.PathLike, length: int) -> tokenizers.Tokenizer:
     """The umT5 tokenizer from its `tokenizer.json`; texts are cut and padded to `length` tokens.
 
     Raises:
       ConfigError: there is no such file, or it is not a tokenizer.
     """
-    path = pathlib.Path(path)
+    path = epath.Path(path)
     if not path.is_file():
         raise ConfigError(
             f"text.tokenizer = {str(path)!r}: no such file; it is google/umt5-xxl/tokenizer.json of the published "
             "LingBot-World or Wan checkpoint folder (the same file as in the Hugging Face repository google/umt5-xxl)"
         )
     try:
-        tokenizer = tokenizers.Tokenizer.from_file(str(path))
+        tokenizer = tokenizers.Tokenizer.from_str(path.read_text())
     except Exception as error:  # the library raises a bare Exception for any file it cannot read
         raise ConfigError(f"text.tokenizer = {str(path)!r}: not a tokenizer file ({error})") from None
     tokenizer.enable_truncation(length)
@@ -274,11 +274,12 @@ class UMT5Encoder:
     """The published text encoder.
 
     Attributes:
-      model: the network; may be abstract. tokenizer: of `load_tokenizer`, for `model.config.length` tokens.
+      model: the network; may be abstract. tokenizer: of `load_tokenizer`, for `model.config.length` tokens; None: for
+        tokens that are there already.
     """
 
     model: UMT5
-    tokenizer: tokenizers.Tokenizer = dataclasses.field(metadata={"static": True})
+    tokenizer: tokenizers.Tokenizer | None = dataclasses.field(metadata={"static": True})
 
     @property
     def config(self) -> UMT5Config:

@@ -236,7 +236,7 @@ def _intended(case: Case) -> Intended:
         text=network.text_len,
         width=network.head_dim,
         samples=config.data.batch // parts // case.rows,
-        summed=_summed(case),
+        small=_small(case),
     )
 
 
@@ -251,8 +251,8 @@ def _matrices(case: Case) -> Iterator[Matrix]:
             yield Matrix(leaf.shape[-2:], layers, itemsize, case.objective.trains(name, path))
 
 
-def _summed(case: Case) -> int:
-    """Bytes of the gradients that are summed whole: of all that is no matrix of `linear`, in float32."""
+def _small(case: Case) -> int:
+    """Bytes of the gradients of all that is no matrix of `linear`, in float32."""
     name, network = next(iter(case.run.world.networks.items()))
     small = [
         leaf.size

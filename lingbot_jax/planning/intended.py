@@ -42,7 +42,8 @@ class Intended:
     Attributes:
       mesh: size of each axis. matrices: all of the model. microsteps: of a step.
       tokens: of a sample. text: tokens of its text. width: of the narrowest activation in a block, that of a head.
-      samples: on a device. summed: bytes of the gradients that are summed whole, of the small parameters.
+      samples: on a device.
+      small: bytes of the gradients of all other parameters, which the compiler sums or scatters as it likes.
     """
 
     mesh: dict[str, int]
@@ -52,7 +53,7 @@ class Intended:
     text: int
     width: int
     samples: int
-    summed: int = 0
+    small: int = 0
 
     def bytes(self) -> dict[str, dict[str, float]]:
         """Bytes a device receives in a step for its weights and gradients: kind -> axis -> bytes."""
@@ -67,7 +68,7 @@ class Intended:
 
     def faults(self, found: list[Collective]) -> list[str]:
         """One line for every departure; empty if the step sends what it should."""
-        lines = []
+        lines, small = [], self.small * self.microsteps
         for collective in found:
             for shape in collective.shapes:
                 what = (
@@ -80,11 +81,11 @@ class Intended:
         for kind, row in self.bytes().items():
             for axis, limit in row.items():
                 sent = sum(c.bytes for c in found if c.kind == kind and axis in c.axes)
-                if sent > SLACK * limit:
+                if sent > SLACK * limit + (small if kind == "reduce-scatter" else 0):
                     lines.append(f"{kind} over {axis}: {sent / 1e9:.3g} GB, meant are {limit / 1e9:.3g}")
         summed = sum(c.bytes for c in found if c.kind == "all-reduce" and {FSDP, SEQ} & set(c.axes))
         limit = sum(self.bytes()["reduce-scatter"].values())
-        if summed > SUMMED * limit + 2 * self.summed * self.microsteps:
+        if summed > SUMMED * limit + 2 * small:
             lines.append(f"all-reduce: {summed / 1e9:.3g} GB, while {limit / 1e9:.3g} are to be scattered")
         across = {c.kind for c in found if DATA in c.axes} - {"all-reduce"}
         if across:

@@ -28,7 +28,8 @@ class Found(NamedTuple):
 def candidates(run: TrainConfig, where: Where, phase: int = 0) -> list[TrainConfig]:
     """Runs of the phase alone on other meshes, with other rematerialisation and microbatches, the most promising first.
 
-    A step keeps about the clips it has; where there are more rows of the mesh than clips, each row gets one.
+    Those come first that keep the clips of a step. Of others a step has about as many, and each row of the mesh one at
+    least: another batch, which trains differently.
 
     Raises:
       ConfigError: as `programs.chosen`.
@@ -49,7 +50,8 @@ def candidates(run: TrainConfig, where: Where, phase: int = 0) -> list[TrainConf
                 if samples % parts == 0 and kept <= (1 - MARGIN) * hbm:
                     mesh = MeshConfig(data=where.slices, fsdp=-1, seq=seq)
                     other = _with(config, mesh, remat, samples * rows, parts)
-                    ranked.append(((passes, parts, seq), len(ranked), other))
+                    changed = other.data.batch != config.data.batch
+                    ranked.append(((changed, passes, parts, seq), len(ranked), other))
     return [other for *_, other in sorted(ranked, key=lambda r: r[:2])]
 
 

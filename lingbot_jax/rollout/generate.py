@@ -7,12 +7,12 @@ write     the result folder
 
 import dataclasses
 import json
-import pathlib
 from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
 import jax
 import numpy as np
+from etils import epath
 from jaxtyping import Float, UInt8
 from pydantic import Field
 
@@ -20,6 +20,7 @@ from lingbot_jax.config import Count, Number, Path, Positive, Seed, Text, config
 from lingbot_jax.control import keyboard, poses
 from lingbot_jax.diffusion.guidance import Guidance, Scale
 from lingbot_jax.diffusion.solvers import SolverName
+from lingbot_jax.files import whole_file, write_whole
 from lingbot_jax.models.codec import to_uint8
 from lingbot_jax.models.text import TextEncoder, is_truncated
 from lingbot_jax.rollout import events, windows
@@ -305,12 +306,15 @@ def about(plan: Plan) -> dict[str, Any]:
 
 
 def write(
-    folder: pathlib.Path, plan: Plan, video: UInt8[np.ndarray, "f H W 3"], about: dict[str, Any]
+    folder: epath.PathLike, plan: Plan, video: UInt8[np.ndarray, "f H W 3"], about: dict[str, Any]
 ) -> None:
-    """Writes video.mp4, poses.npy, keys.npy and generation.json into an empty folder."""
+    """Writes video.mp4, poses.npy, keys.npy and generation.json into an empty folder, local or gs://."""
     from lingbot_jax.data.video import write_mp4  # needs an extra
 
-    write_mp4(folder / "video.mp4", video, plan.config.fps, scale=plan.config.zoom)
-    np.save(folder / "poses.npy", plan.path.c2w)
-    np.save(folder / "keys.npy", plan.path.keys)
-    (folder / "generation.json").write_text(json.dumps(about, indent=2) + "\n")
+    folder = epath.Path(folder)
+    with whole_file(folder / "video.mp4") as file:
+        write_mp4(file, video, plan.config.fps, scale=plan.config.zoom)
+    for name, rows in (("poses.npy", plan.path.c2w), ("keys.npy", plan.path.keys)):
+        with whole_file(folder / name) as file, file.open("wb") as opened:
+            np.save(opened, rows)
+    write_whole(folder / "generation.json", json.dumps(about, indent=2) + "\n")

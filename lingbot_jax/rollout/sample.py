@@ -5,6 +5,7 @@ low-noise expert follow, at a place known when tracing, so each expert is a `lax
 routed at run time. What does not depend on the noise level is computed once per expert, before its scan.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -12,7 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Integer
 
 from lingbot_jax.config import ConfigError, require
 from lingbot_jax.diffusion import guidance, solvers
@@ -30,7 +31,7 @@ from lingbot_jax.worlds.world import World
 Latents = Float[Array, "b t h w c"]
 
 
-def draw_noise(seed: int | Int[Array, ""], indices: Int[Array, "b"], shape: tuple[int, ...]) -> Latents:
+def draw_noise(seed: int | Integer[Array, ""], indices: Int[Array, "b"], shape: tuple[int, ...]) -> Latents:
     """Start noise, one key per sample: sample i is the same in every batch it is part of."""
     key = jax.random.key(seed)
     draw = lambda i: jax.random.normal(jax.random.fold_in(key, i), shape)
@@ -42,7 +43,7 @@ def denoise(
     boundary: float,
     noise: Latents,
     condition: Condition,
-    unconditional: Condition | None,
+    negative: Float[Array, "b l d"] | None,
     config: SampleConfig,
     attend: Attend = Attend(),  # noqa: B008 - frozen
     on_step: Callable[[], None] | None = None,
@@ -51,11 +52,11 @@ def denoise(
 
     Args:
       networks: one, or the experts `high` and `low`, whose steps meet at `boundary` (a noise level).
-      condition: what to generate. unconditional: the same with the negative text; None exactly when no
-        scale differs from 1. on_step: called on the host at every step, e.g. by a progress bar.
+      condition: what to generate. negative: text tokens of the unconditional branch, which shares all else; None
+        exactly when no scale differs from 1. on_step: called on the host at every step, e.g. by a progress bar.
     """
     require(
-        (unconditional is not None) == config.guidance.guided,
+        (negative is not None) == config.guidance.guided,
         "guidance",
         config.guidance,
         "an unconditional branch is needed exactly when a scale is not 1",
@@ -72,13 +73,10 @@ def denoise(
     for network, rows, scale in parts:
         if not len(rows.sigma):
             continue
-        if scale == 1.0:
-            conditions = (condition,)
-        elif config.guidance.batched:
-            conditions = (guidance.double(condition, unconditional),)
-        else:
-            conditions = (condition, unconditional)
-        prepared = tuple(network.precompute(c) for c in conditions)
+        prepared = (network.precompute(condition),)
+        if scale != 1.0:
+            other = dataclasses.replace(prepared[0], text=network.precompute_text(negative))
+            prepared = (guidance.double(*prepared, other),) if config.guidance.batched else (*prepared, other)
 
         def velocity(x, timestep, network=network, prepared=prepared, scale=scale):
             if on_step is not None:
@@ -99,7 +97,7 @@ def _clip(
     codec: Codec,
     encoded: Encoded,
     negative: Float[Array, "1 l d"] | None,
-    seed: Int[Array, ""],
+    seed: Integer[Array, ""],
     indices: Int[Array, "b"],
     attend: Attend,
     boundary: float,
@@ -108,10 +106,10 @@ def _clip(
 ) -> Float[Array, "b f H W 3"]:
     shape = encoded.conditioning.image.shape
     own = next(iter(networks.values())).config
-    make = lambda text: make_condition(own, shape[2:4], text, encoded.camera, encoded.conditioning)
-    unconditional = None if negative is None else make(jnp.broadcast_to(negative, encoded.text.shape))
+    condition = make_condition(own, shape[2:4], encoded.text, encoded.camera, encoded.conditioning)
+    negative = None if negative is None else jnp.broadcast_to(negative, encoded.text.shape)
     noise = draw_noise(seed, indices, shape[1:])
-    latents = denoise(networks, boundary, noise, make(encoded.text), unconditional, config, attend, on_step)
+    latents = denoise(networks, boundary, noise, condition, negative, config, attend, on_step)
     return codec.decode(latents)
 
 

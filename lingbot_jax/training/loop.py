@@ -20,7 +20,7 @@ from lingbot_jax.training.metrics import MetricsWriter, StepProgress
 from lingbot_jax.training.objectives import Objective
 from lingbot_jax.training.objectives.world import draw_known
 from lingbot_jax.training.report import Profile, Report
-from lingbot_jax.training.run_dir import own_run
+from lingbot_jax.training.run_dir import init_run_dir
 from lingbot_jax.training.start import fresh_state, objective_of, resolve
 from lingbot_jax.training.state import TrainState, abstract_state
 from lingbot_jax.training.step import Program, encode_program, make_step, networks_of
@@ -60,7 +60,8 @@ def train(config: TrainConfig, evaluate: Evaluate | None = None, profile: str = 
         counts = {name: objective.update_count(name) for name in config.world.networks}
         places = [abstract_state(config, mesh, objective.trains, counts) for mesh in meshes]
 
-    with own_run(config) as config, multihost.preemption() as stop:
+    with init_run_dir(config) as run, multihost.preemption() as stop:
+        config = run.config
         # --- State: a checkpoint of this run, else what `init` names, else random; on the first phase's mesh.
         checkpoints = Checkpoints(config.run, keep=config.checkpoint.keep)
         restored = checkpoints.restore(vars(places[0]))
@@ -100,6 +101,7 @@ def train(config: TrainConfig, evaluate: Evaluate | None = None, profile: str = 
                 last = step + 1 == config.steps or stopped
                 if last or (step + 1) % config.checkpoint.every == 0:
                     report.now()
+                    run.check_owner()
                     checkpoints.save(step + 1, vars(state))
                 every = config.validation.every
                 if evaluate is not None and every and ((step + 1) % every == 0 or step + 1 == config.steps):

@@ -14,7 +14,7 @@ from lingbot_jax.config import ConfigError
 from lingbot_jax.models.flops import training_flops
 from lingbot_jax.parallel.chips import chip_of
 from lingbot_jax.training.config import TrainConfig
-from lingbot_jax.training.metrics import MetricsWriter, StepProgress
+from lingbot_jax.training.metrics import Means, MetricsWriter, StepProgress
 from lingbot_jax.training.objectives import Mean
 
 
@@ -47,7 +47,7 @@ class Report:
 
     def __init__(self, config: TrainConfig, writer: MetricsWriter | None, progress: StepProgress):
         self._config, self._writer, self._progress = config, writer, progress
-        self._sums: dict[str, np.ndarray] = {}
+        self._means = Means()
         self._pending: tuple[int, Mapping[str, Mean], np.ndarray, Clock] | None = None
         self._line: tuple[int, float] | None = None  # step and time of the last line, in this phase
 
@@ -79,7 +79,7 @@ class Report:
         if self._pending is None:
             return
         (step, metrics, records, clock), self._pending = self._pending, None
-        values = {name: np.array([mean.sum, mean.count], np.float64) for name, mean in metrics.items()}
+        values = {name: (float(mean.sum), float(mean.count)) for name, mean in metrics.items()}
         # Also the gradient: a finite loss with a gradient that is not would be saved as parameters that are not.
         for name in ("loss", "grad_norm"):
             if not np.isfinite(values[name][0]):
@@ -87,15 +87,12 @@ class Report:
                     f"{name} = {values[name][0]} at step {step}; the batch was records {', '.join(records)}; the last "
                     "checkpoint is from before this step"
                 )
-        for name, pair in values.items():
-            self._sums[name] = self._sums.get(name, 0.0) + pair
+        self._means.add(values)
         if self._writer is None:
             return
         self._progress.update(step, values["loss"][0] / values["loss"][1])
         if step % self._config.log_every == 0 or step == self._config.steps:
-            means = {name: float(total / count) for name, (total, count) in self._sums.items() if count > 0}
-            self._writer.write(step, means | clock.seconds | self._rates(step))
-            self._sums = {}
+            self._writer.write(step, self._means.take() | clock.seconds | self._rates(step))
         elif self._line is None:
             self._line = (step, time.monotonic())  # the first step of a phase compiled
 

@@ -95,13 +95,12 @@ class Checkpoints:
         All processes come to the same step: one that any of them cannot read is passed over by all.
 
         Args:
-          template: a tree of ShapeDtypeStruct with shardings. Its top level names fields of what was saved: fields
-            that it leaves out are not read; of one that it names, all arrays are wanted.
+          template: a tree of ShapeDtypeStruct with shardings, of everything that was saved.
 
         Raises:
           ConfigError: there are checkpoints and none of them can be read; or they are of other arrays.
         """
-        return self._newest(lambda folder: storage.read(folder, template, fields_only=True))
+        return self._newest(lambda folder: storage.read(folder, template))
 
     def averaged(self, network: str, wanted: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
         """A network's parameters in the newest whole checkpoint, averaged where they trained (`ema`).

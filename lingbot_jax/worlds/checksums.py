@@ -13,6 +13,8 @@ import numpy as np
 from etils import epath
 from jaxtyping import Array, Shaped, UInt32
 
+from lingbot_jax.files import write_whole
+
 ARRAYS, DIGESTS, SEAL = "arrays", "digests", "seal.json"  # names in a folder
 
 
@@ -66,10 +68,7 @@ def compare(expected: Mapping[str, int], found: Mapping[str, int]) -> None:
 
 def seal(folder: epath.Path) -> None:
     """Notes the hash of every file that holds no values; the last thing that is written."""
-    text = json.dumps(_hashes(folder), indent=0)
-    partial = folder / f"{SEAL}.partial"
-    partial.write_text(text)
-    partial.replace(folder / SEAL)
+    write_whole(folder / SEAL, json.dumps(_hashes(folder), indent=0))
 
 
 def check_seal(folder: epath.Path) -> None:

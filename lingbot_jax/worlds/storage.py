@@ -27,13 +27,14 @@ import tensorstore
 from etils import epath
 
 from lingbot_jax.config import ConfigError
+from lingbot_jax.files import is_remote
 from lingbot_jax.parallel import multihost
 from lingbot_jax.worlds import checksums
 from lingbot_jax.worlds.checksums import ARRAYS, DIGESTS
 
 CHUNK_BYTES = 64 << 20  # of a stored array: large enough to stream, small enough to restore in parallel
 READ_BYTES = 4 << 30  # of arrays that are read at once
-JSON_BYTES = 64 << 20  # of a JSON file; ours and the published ones are below 1 MB
+
 SHOWN = 5  # differences that an error names
 
 Specs = Mapping[str, jax.ShapeDtypeStruct]
@@ -50,33 +51,18 @@ class Damaged(ConfigError):
 def located(path: str | os.PathLike) -> epath.Path:
     """A path that does not depend on the working directory: local ones become absolute, gs:// ones stay."""
     text = os.fspath(path)
-    return epath.Path(text if "://" in text else os.path.abspath(os.path.expanduser(text)))
+    return epath.Path(text if is_remote(text) else os.path.abspath(os.path.expanduser(text)))
+
+
+def is_file(path: epath.Path) -> bool:
+    """Whether a regular file is there: reading a pipe would wait for ever, and epath takes one for a file."""
+    return path.is_file() if is_remote(path) else os.path.isfile(path)
 
 
 def named(tree: Any) -> dict[str, Any]:
     """The leaves of a tree by dotted path: `params.world.blocks.ffn.up.kernel`."""
     flat = jax.tree_util.tree_flatten_with_path(tree)[0]
     return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in flat}
-
-
-def read_json(path: str | os.PathLike, field: str) -> dict[str, Any]:
-    """A JSON object from a file. `field`: the flag that the path comes from, for errors. Raises ConfigError."""
-    path, where = epath.Path(path), f"{field} = {os.fspath(path)!r}"
-    with errors_as(lambda why: ConfigError(f"{where}: cannot be read ({why})")):
-        if not path.is_file():  # nor a pipe, which would be waited for
-            raise ConfigError(f"{where}: no such file")
-        if path.stat().length > JSON_BYTES:
-            raise ConfigError(f"{where}: is larger than {JSON_BYTES >> 20} MiB")
-        content = path.read_bytes()
-    try:
-        values = json.loads(content)
-    except RecursionError:
-        raise ConfigError(f"{where}: is nested too deeply") from None
-    except ValueError as error:
-        raise ConfigError(f"{where}: is not JSON ({error})") from None
-    if not isinstance(values, dict):
-        raise ConfigError(f"{where}: is not a JSON object")
-    return values
 
 
 # --- Writing.
@@ -184,7 +170,7 @@ class Reader:
         return value
 
 
-def read(folder: str | os.PathLike, wanted: Any, fields_only: bool = False, partial: bool = False) -> Any:
+def read(folder: str | os.PathLike, wanted: Any, partial: bool = False) -> Any:
     """Arrays of a folder in the structure of `wanted`, each read straight into its place.
 
     Several processes call this together and read their own parts; all end alike. The arrays are converted to the
@@ -193,8 +179,6 @@ def read(folder: str | os.PathLike, wanted: Any, fields_only: bool = False, part
     Args:
       wanted: a tree of ShapeDtypeStruct, by whose paths (`named`) the arrays are found. Without a sharding an array
         comes to the first device of this process. All shardings are of the same devices.
-      fields_only: the top level of `wanted` names fields, and arrays of other fields are let be; else they are
-        surplus and refused.
       partial: whatever is not wanted is let be.
 
     Raises:
@@ -207,9 +191,6 @@ def read(folder: str | os.PathLike, wanted: Any, fields_only: bool = False, part
         with _reading(folder):
             checksums.check_seal(folder)
             stored, expected = _describe(folder)
-        if fields_only:
-            fields = {name.partition(".")[0] for name in names}
-            stored = {name: s for name, s in stored.items() if name.partition(".")[0] in fields}
         if partial:
             stored = {name: s for name, s in stored.items() if name in names}
         check_fit(f"{folder}", stored, names)
@@ -307,7 +288,7 @@ def _handler() -> ocp.PyTreeCheckpointHandler:
 def _open(folder: epath.Path, name: str, new: jax.ShapeDtypeStruct | None = None) -> tensorstore.Future:
     """An array of a folder; with `new`, an empty one of that shape takes its place."""
     path = os.fspath(folder / ARRAYS / name)
-    place = f"{path}/" if "://" in path else {"driver": "file", "path": path}
+    place = f"{path}/" if is_remote(path) else {"driver": "file", "path": path}
     # Zeros are values too: what is missing is damage.
     spec = {"driver": "zarr", "kvstore": place, "fill_missing_data_reads": False}
     spec |= {"store_data_equal_to_fill_value": True}

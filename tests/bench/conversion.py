@@ -12,20 +12,20 @@ import time
 
 import numpy as np
 
-from lingbot_jax.convert import folders, names_dit, write
+from lingbot_jax.convert import contents, names_dit, write
 from lingbot_jax.models.config import DiTConfig
-from tests.convert import checkpoints
+from tests.convert import published
 
 CONFIG = DiTConfig(dim=1024, layers=40, heads=8, ffn=2816, text_dim=512, control="cam")
 SHARDS = 8
 
 
 def _to_bundle(folder: pathlib.Path) -> None:
-    write.to_bundle(folders.find(folder / "published"), folder / "bundle")
+    write.to_bundle(contents.look(str(folder / "published")), folder / "bundle")
 
 
 def _to_published(folder: pathlib.Path) -> None:
-    write.to_published(folder / "bundle", folder / "back")
+    write.to_published(contents.look(str(folder / "bundle")), folder / "back")
 
 
 def _mebibytes(field: str) -> float:
@@ -46,9 +46,9 @@ def run() -> list[str]:
         folder = pathlib.Path(name)
         source = folder / "published" / "high_noise_model"
         source.mkdir(parents=True)
-        (source / "config.json").write_text(json.dumps(checkpoints.dit_json(CONFIG)))
+        (source / "config.json").write_text(json.dumps(published.dit_json(CONFIG)))
         table = names_dit.dit_table(CONFIG)
-        checkpoints.write_sharded(source, checkpoints.random_tensors(CONFIG, table, 0, np.float32), SHARDS)
+        published.write_sharded(source, published.random_tensors(CONFIG, table, 0, np.float32), SHARDS)
         sizes = [path.stat().st_size / 2**20 for path in source.glob("*.safetensors")]
         for title, work in (("to a bundle", _to_bundle), ("to published names", _to_published)):
             out = context.Queue()

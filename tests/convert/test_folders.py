@@ -1,4 +1,4 @@
-"""Checkpoint folders: sizes come from their own files, configs are read strictly, and what is wrong is one short line."""
+"""Checkpoint folders: sizes come from their own files, configs are read strictly, what is wrong is one short line."""
 
 import dataclasses
 import json
@@ -178,7 +178,7 @@ def test_either_name_of_the_tied_embedding(tmp_path):
     [
         ({"num_layers": "3"}, "num_layers = '3': must be an integer"),
         ({"num_layers": 10**12}, "num_layers = 1000000000000: must be less than or equal to 4096"),
-        ({"text_len": 10**12}, "text_len = 1000000000000: must be less than or equal to 1048576"),
+        ({"text_len": 10**12}, "text_len = 1000000000000: must be an integer in 1..2.20"),
         ({"eps": float("nan")}, "eps = nan: must be "),
         ({"dim": None}, "dim: missing"),
         ({"dim": -1}, "dim = -1: must be greater than 0"),
@@ -192,14 +192,10 @@ def test_either_name_of_the_tied_embedding(tmp_path):
         ({"in_dim": 8}, "in_dim = 8: must be more than 2 x 4 for image-to-video"),
         ({"in_dim": 13}, "networks.high.mask_channels = 5: must be 4, the codec's stride in time"),
         ({"model_type": "t2v"}, "in_dim = 12: must be 4"),
-        ({"_class_name": "FluxModel"}, "missing the other|missing: networks"),
     ],
 )
 def test_config_is_read_strictly(expert, changes, message):
     write_json(expert / "config.json", dit_json(DIT, **changes))
-    if "_class_name" in changes:
-        assert contents.look(str(expert.parent)).notes[-1] == "missing: networks"
-        return
     with pytest.raises(ConfigError, match=message) as error:
         contents.look(str(expert.parent))
     assert "\n" not in str(error.value) and len(str(error.value)) < 600

@@ -1,5 +1,6 @@
 """The collector with the real game: the bytes, whoever makes them and however often it is killed."""
 
+import dataclasses
 import json
 import mmap
 import os
@@ -15,13 +16,14 @@ import pytest
 
 from lingbot_jax.config import ConfigError
 from lingbot_jax.control.keyboard import integrate
-from lingbot_jax.data.records import Damage, Records, file_sha256, find_shards
+from lingbot_jax.data.records import ErrorBudget, Records, file_sha256, find_shards
 from lingbot_jax.data.schema import decode, encode
 from lingbot_jax.engine.collect import engines
 from lingbot_jax.engine.collect.collector import CollectError, _alone, collect, make_shard
 from lingbot_jax.engine.collect.config import BEHAVIOURS, CollectConfig
 from lingbot_jax.engine.collect.source import MapName, Task, plan
 from lingbot_jax.engine.collect.vizdoom_source import EngineLost, VizdoomSource
+from tests.data.clips import make_clip
 
 SETTINGS = {
     "clips": 14,
@@ -78,7 +80,7 @@ def collected(tmp_path_factory):
 
 
 def clips(out: Path, split: str):
-    records = Records(find_shards(out, split), Damage(0))
+    records = Records(find_shards(out, split), ErrorBudget(0))
     return [decode(records[i]) for i in range(len(records))]
 
 
@@ -88,6 +90,7 @@ def test_data_set_is_complete(collected):
     described = json.loads((collected / "dataset.json").read_text())
     assert {k: v["clips"] for k, v in described["splits"].items()} == {"train": 14, "held_out": 4}
     assert described["splits"]["train"]["frames"] == 14 * 9
+    assert described["splits"]["train"]["sources"] == {"vizdoom": 14}
     written = {n: s["sha256"] for split in described["splits"].values() for n, s in split["shards"].items()}
     assert written == hashes(collected)
     train, held = clips(collected, "train"), clips(collected, "held_out")
@@ -218,14 +221,35 @@ def test_shared_memory_that_nobody_maps_is_removed():
 
 
 class _Broken:
-    def __init__(self, config, work, shard):
-        del config, work, shard
+    def __init__(self, *_):
+        pass
 
     def record(self, task):
         raise ValueError(f"no such scene\n{task.clip_id}")
 
     def close(self):
         pass
+
+
+class _Videos:
+    """Someone's own recordings, whatever the plan says."""
+
+    def __init__(self, *_):
+        pass
+
+    def record(self, task):
+        made = make_clip(task.index, frames=5 + task.index % 2, split=task.split)
+        return dataclasses.replace(made, clip_id=task.clip_id, source="my phone", behaviour="on foot")
+
+    def close(self):
+        pass
+
+
+def test_data_set_is_described_by_its_clips(tmp_path):
+    collect(CollectConfig(**settings(tmp_path, processes=1)), make_source=_Videos)
+    train = json.loads((tmp_path / "dataset.json").read_text())["splits"]["train"]
+    assert train["sources"] == {"my phone": 14} and train["behaviours"] == {"on foot": 14}
+    assert train["maps"] == {"map-0": 7, "map-1": 7} and train["frames"] == 7 * 5 + 7 * 6
 
 
 def test_errors_are_one_line(collected, tmp_path):
@@ -236,6 +260,11 @@ def test_errors_are_one_line(collected, tmp_path):
         ConfigError, match=r"config.seed = 12: the clips in .* were made with 11; choose another"
     ):
         collect(CollectConfig(**settings(collected, seed=12)))
+    (tmp_path / "file").write_text("")
+    for out in ("file", "file/below", "x" * 300):
+        with pytest.raises(ConfigError, match=r"^config\.out = '") as caught:
+            collect(CollectConfig(**settings(tmp_path / out)))
+        assert "\n" not in str(caught.value)
     with _alone(tmp_path), pytest.raises(CollectError, match="another collector is at work"):
         collect(CollectConfig(**settings(tmp_path)))
 
@@ -318,4 +347,4 @@ def test_make_shard_removes_what_it_began(tmp_path):
     config = CollectConfig(**settings(tmp_path))
     with pytest.raises(ValueError, match="no such scene"):
         make_shard(config, _Broken, plan(config)[0], tmp_path, lambda: None)
-    assert not list(tmp_path.glob("*.array_record")) and not list(tmp_path.glob("*.part"))
+    assert not list(tmp_path.glob("*.array_record")) and not list(tmp_path.glob(".*.partial"))

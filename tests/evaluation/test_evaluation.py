@@ -2,9 +2,9 @@
 
 import av
 import numpy as np
-from lingbot_jax.evaluation.control import horizontal_flow, yaw_signs
 
 from lingbot_jax.data.video import contact_sheet, write_image, write_mp4
+from lingbot_jax.evaluation.action_following import horizontal_flow, yaw_signs
 from lingbot_jax.evaluation.report import Report
 from lingbot_jax.evaluation.video import clip_psnr, frame_psnr
 

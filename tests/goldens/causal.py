@@ -44,7 +44,8 @@ def first_block(model: WorldDiT, latents, timestep, condition, attend: Attend, p
     x, _ = block(
         model.embed_latents(latents, None),
         model.time(timestep[..., None])[1],
-        block.prepare(model.embed_text(condition.text), None),
+        block.prepare_text(model.embed_text(condition.text)),
+        None,
         table,
         attend,
         context,

@@ -41,8 +41,8 @@ def one_step(expert: WorldDiT, row, state, condition, unconditional, scale):
 
 
 @functools.partial(jax.jit, static_argnames=("settings", "boundary"))
-def sampled(experts, noise, condition, unconditional, settings, boundary):
-    return sample.denoise(experts, boundary, noise, condition, unconditional, settings)
+def sampled(experts, noise, condition, negative, settings, boundary):
+    return sample.denoise(experts, boundary, noise, condition, negative, settings)
 
 
 def end_to_end(case: Case):
@@ -92,7 +92,7 @@ def end_to_end(case: Case):
         # The compiled sampler that everything uses, from the same noise, with both ways of guidance.
         batched = dataclasses.replace(scales, batched=solver == "dpmpp")
         guided = dataclasses.replace(settings, guidance=batched)
-        latents = sampled(experts, noise, condition, unconditional, guided, config["boundary"])
+        latents = sampled(experts, noise, condition, unconditional.text, guided, config["boundary"])
         video = jax.jit(lambda codec, x: codec.decode(x))(vae, latents)
         yield f"{solver}/video", channels_first(video), case[f"{solver}/video"], VIDEO
 

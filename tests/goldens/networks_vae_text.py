@@ -12,6 +12,7 @@ from lingbot_jax.models import params, text
 from lingbot_jax.models.config import UMT5Config, VAEConfig
 from lingbot_jax.models.text import UMT5
 from lingbot_jax.models.vae import WanVAE
+from tests.convert.checkpoints import tokenizer
 from tests.golden import EXACT, Case, Tolerance
 
 # About 10 times the change seen when every product is evaluated in float64 (golden README).
@@ -121,7 +122,7 @@ def _umt5(case: Case) -> Iterator:
     ids, mask = jnp.asarray(case["ids"]), jnp.asarray(case["mask"]) != 0
     forward = jax.jit(UMT5.__call__)
     yield "out", forward(model, ids, mask), case["out"], TEXT
-    encoded = jax.jit(text.UMT5Encoder(model, tokenizer=None))(text.TextTokens(ids, mask))
+    encoded = jax.jit(text.UMT5Encoder(model, tokenizer()))(text.TextTokens(ids, mask))
     yield "out_zero_padded", encoded, case["out_zero_padded"], TEXT
     yield "out_nomask_first", forward(model, ids[:1]), case["out_nomask_first"], TEXT
     first = jax.tree.map(lambda leaf: leaf[0], model.blocks)

@@ -14,7 +14,7 @@ from kernels_pallas.cached_attention import cached_attention
 from kernels_pallas.context import Context, valid_slots
 from kernels_pallas.flash_attention import SCORE_LOG2, fixed_max_is_safe, flash_attention
 from kernels_pallas.flash_backward import with_offset
-from kernels_pallas.flash_forward import LOG2_E, flash_forward
+from kernels_pallas.flash_forward import JUMP, LOG2_E, STALE_MAX_VALUE_LOG2, flash_forward
 from kernels_pallas.mask import Mask
 from kernels_pallas.steps import CLEAR, MASKED, Plan, key_block, query_block
 from kernels_pallas.tiles import BackwardTiles, ForwardTiles, Tiles
@@ -52,6 +52,7 @@ def check(got, q, k, v, seen, g, names=("out", "dq", "dk", "dv")):
 @hypothesis.settings(max_examples=2, deadline=None, derandomize=True)
 @hypothesis.example(form="rows", head_dim=64, n=333, chunk=150, kind="lengths", segments=True)
 @hypothesis.example(form="columns", head_dim=128, n=300, chunk=100, kind="window", segments=False)
+@hypothesis.example(form="columns", head_dim=64, n=40, chunk=30, kind="full", segments=False)
 def test_equals_float64(form, head_dim, n, chunk, kind, segments):
     """Random lengths, chunks and windows, none a multiple of a tile; forward and gradients."""
     batch, lengths = (2, jnp.array([n // 3, n])) if kind == "lengths" else (1, None)
@@ -175,6 +176,28 @@ def test_fixed_max_form_holds_to_its_limit(sign):
     assert np.abs(np.asarray(out, np.float64) - exact[0]).max() <= numpy_reference.bound(q, k, v, exact)[0]
     score = float(np.asarray(k, np.float64)[0, 0, 0, 0]) * 8
     np.testing.assert_allclose(lse, score + np.log(512), rtol=1e-5)
+
+
+@pytest.mark.parametrize("excess", [0, 3])
+def test_stale_max_form_holds_to_its_limit(excess):
+    """A whole tile just below JUMP, with the largest values its range allows; eight times those overflow."""
+    first = jnp.arange(2048)[None, :, None, None] < 1024
+    q = jnp.ones((1, 128, 1, 64), BF16)
+    # Scores in log2 are 64 k log2(e) / 8: zero in the first tile, one rounding below JUMP in the second.
+    k = jnp.where(first, 0, 0.996 * JUMP / LOG2_E / 8).astype(BF16) * jnp.ones((1, 1, 1, 64), BF16)
+    v = jnp.where(first, 1.0, 2.0 ** (STALE_MAX_VALUE_LOG2 + excess)).astype(BF16) * jnp.ones_like(k)
+    run = lambda *x: flash_forward(
+        *x, Mask.full(128, 2048), ForwardTiles(128, 1024, 512), form="stale_max", interpret=True
+    )
+    out, _ = jax.jit(run)(q, k, v)
+    jump = float(np.asarray(k, np.float64).max()) * 8 * LOG2_E
+    assert JUMP - 1 < jump < JUMP
+    if excess:
+        assert not np.isfinite(np.asarray(out, np.float64)).any()
+        return
+    exact = numpy_reference.attention(q, k, v, np.ones((1, 128, 2048), bool), jnp.zeros_like(q))
+    error = np.abs(np.asarray(out, np.float64) - exact[0]).max()
+    assert error <= numpy_reference.bound(q, k, v, exact)[0]
 
 
 def test_rms_normed_inputs_take_the_fixed_max_form():

@@ -11,7 +11,7 @@ from lingbot_jax.convert import folders, names_text
 from lingbot_jax.convert.read import TorchFile, fill
 from lingbot_jax.models import params
 from lingbot_jax.models.text import UMT5
-from tests.convert import checkpoints
+from tests.convert import published
 
 pytestmark = pytest.mark.parity
 
@@ -44,15 +44,15 @@ def test_umt5(tmp_path):
 
 def test_pth_files_are_read_as_weights_only(tmp_path):
     torch = pytest.importorskip("torch")
-    tensors = checkpoints.random_tensors(checkpoints.TEXT, names_text.published(), 0, checkpoints.BF16)
+    tensors = published.random_tensors(published.Sizes().text, names_text.published(), 0, published.BF16)
     state = {k: torch.from_numpy(v.view(np.int16).copy()).view(torch.bfloat16) for k, v in tensors.items()}
     state["norm.weight"] = state["norm.weight"].float()
     torch.save(state, tmp_path / f"{folders.TEXT_FILE}.pth")
-    (network,) = folders.find(tmp_path, text=checkpoints.TEXT).networks
+    (network,) = folders.find(tmp_path).networks
     assert isinstance(network.source, TorchFile)
     for name, tensor in tensors.items():
         read = network.source.read(name)
-        assert read.dtype == (np.float32 if name == "norm.weight" else checkpoints.BF16)
+        assert read.dtype == (np.float32 if name == "norm.weight" else published.BF16)
         np.testing.assert_array_equal(read.astype(np.float32), tensor.astype(np.float32))
 
     torch.save({"weight": torch.nn.Linear(2, 2)}, tmp_path / "unsafe.pth")

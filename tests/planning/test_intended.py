@@ -70,6 +70,21 @@ def test_too_many_bytes_are_found():
     assert "all-reduce: " in sent("all-reduce", (8,), ("fsdp",), MEANT["reduce-scatter"]["fsdp"])[0]
 
 
+def test_frozen_matrices_are_gathered_and_have_no_gradient():
+    half = tuple(dataclasses.replace(m, trains=i == 0) for i, m in enumerate(INTENDED.matrices))
+    meant = dataclasses.replace(INTENDED, matrices=half).bytes()
+    assert meant["all-gather"] == MEANT["all-gather"]
+    assert meant["reduce-scatter"]["fsdp"] == 2 * 40 * 5120 * 5120 * 7 / 8
+
+
+def test_gradients_of_small_parameters_may_be_summed_or_scattered():
+    size = MEANT["reduce-scatter"]["fsdp"]
+    small = dataclasses.replace(INTENDED, small=int(size))
+    for kind in ("reduce-scatter", "all-reduce"):
+        twice = [Collective(kind, ("fsdp",), (Shape("bf16", (8,), False),), 2 * size, 1, "op")]
+        assert INTENDED.faults(twice) and not small.faults(twice)
+
+
 def test_what_is_meant_is_no_fault():
     assert not sent("all-gather", (5120, 13824), ("fsdp",))
     assert not sent("all-gather", (1, 21, 1560, 64), ("seq",))  # patches of the velocity

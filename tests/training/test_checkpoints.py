@@ -11,10 +11,7 @@ import optax
 import pytest
 
 from lingbot_jax.config import ConfigError
-from lingbot_jax.training.config import CheckpointConfig
 from lingbot_jax.worlds.checkpoints import Checkpoints, SaveFailed
-
-CONFIG = CheckpointConfig(every=1, keep=2)
 
 
 def state(step: int, size: int = 6):
@@ -27,7 +24,7 @@ def state(step: int, size: int = 6):
     return {
         "step": jnp.int32(step),
         "params": {"world": arrays},
-        "ema": {"world": arrays},
+        "ema": {"world": {"bias": 2 * arrays["bias"]}},
         "opt": {"world": optax.adamw(1e-3).init(arrays)},
     }
 
@@ -43,7 +40,7 @@ def assert_equal(found, expected):
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     run = tmp_path_factory.mktemp("run")
-    with Checkpoints(run, CONFIG) as checkpoints:
+    with Checkpoints(run, keep=2) as checkpoints:
         for step in (1, 2, 3):
             checkpoints.save(step, state(step))
     return run
@@ -55,7 +52,7 @@ def run(made, tmp_path):
 
 
 def restore(run, template=TEMPLATE):
-    return Checkpoints(run, CONFIG, read_only=True).restore(template)
+    return Checkpoints(run, read_only=True).restore(template)
 
 
 def test_newest_comes_back_and_old_ones_go(run):
@@ -64,8 +61,12 @@ def test_newest_comes_back_and_old_ones_go(run):
     assert_equal(restore(run), state(3))
 
 
-def test_some_fields_only(run):
-    assert_equal(restore(run, {"ema": TEMPLATE["ema"]}), {"ema": state(3)["ema"]})
+def test_averages_stand_in_for_what_they_average(run):
+    wanted = TEMPLATE["params"]["world"]
+    found = Checkpoints(run, read_only=True).averaged("world", wanted)
+    params, ema = state(3)["params"]["world"], state(3)["ema"]["world"]
+    assert ema and ema.keys() < params.keys()
+    assert_equal(found, params | ema)
 
 
 def test_no_checkpoint_is_none_and_reading_makes_no_folder(tmp_path):
@@ -113,7 +114,7 @@ def test_a_damaged_checkpoint_is_replaced_when_the_run_comes_by_again(run):
     for path in (run / "checkpoints" / "3").rglob("*"):
         if path.is_file():
             path.write_bytes(b"")
-    with Checkpoints(run, CONFIG) as checkpoints:
+    with Checkpoints(run, keep=2) as checkpoints:
         assert_equal(checkpoints.restore(TEMPLATE), state(2))
         checkpoints.save(3, state(7))
     assert_equal(restore(run), state(7))
@@ -138,7 +139,7 @@ def test_a_kill_between_commit_and_seal_loses_nothing(run, caplog):
 def test_full_disk_is_one_line_and_leaves_the_checkpoints_before(run):
     """No file may grow beyond 64 KiB, which the system reports where a checkpoint's data is written."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    checkpoints = Checkpoints(run, CONFIG)
+    checkpoints = Checkpoints(run, keep=2)
     resource.setrlimit(resource.RLIMIT_FSIZE, (65536, hard))
     try:
         with pytest.raises(SaveFailed, match=r"^checkpoint 4 could not be written to \S+: [^\n]*$") as error:
@@ -153,4 +154,4 @@ def test_full_disk_is_one_line_and_leaves_the_checkpoints_before(run):
 def test_folder_that_cannot_be_made_is_one_line(tmp_path):
     (tmp_path / "run").write_text("a file where the run should be")
     with pytest.raises(ConfigError, match=r"^run = '[^\n]*': cannot be written \([^\n]*\)$"):
-        Checkpoints(tmp_path / "run", CONFIG)
+        Checkpoints(tmp_path / "run")

@@ -6,6 +6,7 @@ resuming. A process that dies is replaced and its shard begun again; processes w
 their next clip, because the pipe to it is closed.
 """
 
+import collections
 import contextlib
 import dataclasses
 import fcntl
@@ -25,15 +26,25 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from lingbot_jax.config import ConfigError, require
-from lingbot_jax.data.records import SUFFIX, DataError, file_sha256, shard_name, write_shard
-from lingbot_jax.data.schema import SCHEMA_VERSION, encode
+from lingbot_jax.data.records import (
+    DATASET,
+    SUFFIX,
+    DataError,
+    ErrorBudget,
+    Records,
+    file_sha256,
+    shard_name,
+    write_shard,
+)
+from lingbot_jax.data.schema import SCHEMA_VERSION, decode, encode
 from lingbot_jax.engine.collect import engines
 from lingbot_jax.engine.collect.config import CollectConfig
 from lingbot_jax.engine.collect.source import Shard, Source, plan
 from lingbot_jax.engine.collect.vizdoom_source import EngineLost, VizdoomSource
+from lingbot_jax.files import reached, write_whole
 
 TRIES = 3  # of a shard, when its engine or its process dies
-STARTED, DATASET, ENGINES = "collect.json", "dataset.json", ".engines"
+STARTED, ENGINES = "collect.json", ".engines"
 MakeSource = Callable[[CollectConfig, Path, Shard], Source]
 
 
@@ -72,14 +83,10 @@ def collect(config: CollectConfig, make_source: MakeSource = vizdoom_source) -> 
       make_source: a module-level function; it is called in the worker processes, once a shard.
 
     Raises:
-      ConfigError: the folder holds clips of another config.
+      ConfigError: the folder cannot be written to, or holds clips of another config.
       CollectError: a shard failed again and again, or another collector is at work in the folder.
     """
     out = Path(config.out).resolve()
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise CollectError(f"config.out = {config.out!r}: cannot be made: {error.strerror}") from None
     with _alone(out):
         _same_config(out, config)
         engines.sweep(out / ENGINES)
@@ -92,7 +99,7 @@ def collect(config: CollectConfig, make_source: MakeSource = vizdoom_source) -> 
             _make(config, make_source, todo, processes)
         seconds = time.monotonic() - begin
         if not (out / DATASET).exists():
-            _write_json(out / DATASET, _describe(out, config, shards))
+            write_whole(out / DATASET, json.dumps(_describe(out, config, shards), indent=2) + "\n")
         engines.sweep(out / ENGINES)
         shutil.rmtree(out / ENGINES, ignore_errors=True)
     made = sum(len(s.tasks) for s in todo)
@@ -101,8 +108,11 @@ def collect(config: CollectConfig, make_source: MakeSource = vizdoom_source) -> 
 
 @contextlib.contextmanager
 def _alone(out: Path) -> Iterator[None]:
-    """Holds the folder's lock, which the system releases however this process ends."""
-    with open(out / ".lock", "w") as lock:
+    """Makes the folder and holds its lock, which the system releases however this process ends."""
+    with contextlib.ExitStack() as stack:
+        with reached(out, "config.out"):
+            out.mkdir(parents=True, exist_ok=True)
+            lock = stack.enter_context(open(out / ".lock", "w"))
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -125,7 +135,7 @@ def _same_config(out: Path, config: CollectConfig) -> None:
     """Refuses a folder with shards of another config; marks a new one."""
     path, mine = out / STARTED, _identity(config)
     if not any(out.glob(f"*{SUFFIX}")):
-        _write_json(path, mine)
+        write_whole(path, json.dumps(mine, indent=2) + "\n")
         return
     try:
         theirs = json.loads(path.read_text())
@@ -145,24 +155,20 @@ def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _write_json(path: Path, value: Any) -> None:
-    part = path.with_name(f".{path.name}.part")
-    part.write_text(json.dumps(value, indent=2) + "\n")
-    os.replace(part, path)
-
-
 def _describe(out: Path, config: CollectConfig, shards: list[Shard]) -> dict[str, Any]:
-    """dataset.json: config, counts and hashes."""
+    """dataset.json: config, hashes, and what is in the clips, which are read for it: a source may differ from plan."""
     splits: dict[str, Any] = {}
     for shard in shards:
-        split = splits.setdefault(shard.split, {"clips": 0, "frames": 0, "maps": set(), "shards": {}})
-        split["clips"] += len(shard.tasks)
-        split["frames"] += len(shard.tasks) * config.frames
-        split["maps"] |= {task.map.name for task in shard.tasks}
+        split = splits.setdefault(shard.split, {"clips": 0, "frames": 0, "shards": {}})
         path = _path(out, shard)
-        split["shards"][path.name] = {"clips": len(shard.tasks), "sha256": file_sha256(path)}
-    for split in splits.values():
-        split["maps"] = sorted(split["maps"])
+        records = Records([path], ErrorBudget(0))
+        for i in range(len(records)):
+            clip = decode(records[i])
+            split["frames"] += len(clip)
+            for name in ("source", "behaviour", "map"):
+                split.setdefault(f"{name}s", collections.Counter())[getattr(clip, name)] += 1
+        split["clips"] += len(records)
+        split["shards"][path.name] = {"clips": len(records), "sha256": file_sha256(path)}
     return {"config": _identity(config), "splits": splits}
 
 

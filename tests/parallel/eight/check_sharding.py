@@ -14,6 +14,7 @@ from lingbot_jax.models.config import UMT5Config
 from lingbot_jax.models.text import UMT5, TextTokens, UMT5Encoder
 from lingbot_jax.parallel import sharding
 from lingbot_jax.parallel.mesh import MeshConfig, make_mesh
+from tests.convert.checkpoints import tokenizer
 
 
 class Block(nnx.Module):
@@ -95,10 +96,11 @@ def test_texts_are_encoded_on_the_mesh_and_no_table_is_gathered(texts):
     rng = np.random.default_rng(0)
     lengths = rng.integers(1, 7, texts)
     tokens = TextTokens(rng.integers(0, 40, (texts, 6)).astype(np.int32), np.arange(6) < lengths[:, None])
+    words = tokenizer()  # part of an encoder; what it made is above
     encode = lambda encoder, tokens: encoder(tokens)
     model = jax.jit(make)(jax.random.key(0))
-    alone = jax.jit(encode)(UMT5Encoder(model, None), tokens)
-    encoder = UMT5Encoder(placed(model, mesh), None)
+    alone = jax.jit(encode)(UMT5Encoder(model, words), tokens)
+    encoder = UMT5Encoder(placed(model, mesh), words)
     assert encoder.model.embedding[...].sharding.spec == PartitionSpec(None, ("fsdp", "seq"))
     with jax.set_mesh(mesh):
         compiled = jax.jit(encode).lower(encoder, tokens).compile()

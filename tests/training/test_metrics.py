@@ -1,0 +1,91 @@
+"""Metrics are means over their interval, and their files are never needed to resume."""
+
+import io
+import json
+import os
+
+import numpy as np
+import pytest
+from PIL import Image
+from tensorboardX.proto.event_pb2 import Event
+
+from lingbot_jax.training.metrics import Means, MetricsWriter, read_metrics
+
+
+def write(run, *steps, restored=0):
+    writer = MetricsWriter(run, restored)
+    for step in steps:
+        writer.write(step, {"loss": step / 2})
+    writer.close()
+
+
+def steps(run):
+    return [line["step"] for line in read_metrics(run)]
+
+
+def test_lines_after_the_restored_step_are_made_again(tmp_path):
+    write(tmp_path, 1, 2, 3)
+    write(tmp_path, 3, 4, restored=2)
+    assert steps(tmp_path) == [1, 2, 3, 4]
+
+
+DAMAGE = {
+    "garbage": b"\x00\xff{[\n",
+    "other types": b'3\n[]\n{"step": "x"}\n{"loss": 1}\n',
+    "deep": b"[" * 100000 + b"\n",
+    "fifo": None,
+    "folder": None,
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_damaged_lines_are_moved_aside_with_a_warning(tmp_path, kind, caplog):
+    write(tmp_path, 1, 2)
+    path = tmp_path / "metrics.jsonl"
+    if DAMAGE[kind] is None:
+        path.unlink()
+        os.mkfifo(path) if kind == "fifo" else path.mkdir()
+    else:
+        path.write_bytes(path.read_bytes() + DAMAGE[kind])
+    write(tmp_path, 3, restored=2)
+    assert steps(tmp_path) == ([3] if DAMAGE[kind] is None else [1, 2, 3])
+    assert (tmp_path / "metrics.jsonl.damaged").exists()
+    assert "the run goes on" in caplog.text
+
+
+def test_a_line_cut_off_by_a_kill_is_no_damage(tmp_path, caplog):
+    write(tmp_path, 1, 2)
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write('{"step": 3, "lo')
+    write(tmp_path, 3, restored=2)
+    assert steps(tmp_path) == [1, 2, 3] and not caplog.text
+
+
+def test_means_are_of_sums_and_counts():
+    means = Means()
+    means.add({"loss": (6.0, 2), "loss_noisy": (0.0, 0)})
+    means.add({"loss": (1.0, 1), "loss_noisy": (0.0, 0)})
+    assert means.take() == {"loss": 7 / 3}
+    assert means.take() == {}
+
+
+def test_videos_are_moving_pictures_in_tensorboard(tmp_path):
+    frames = np.zeros((3, 4, 6, 3), np.uint8)
+    frames[1] = 255
+    writer = MetricsWriter(tmp_path, 0)
+    writer.videos(5, {"sample": frames})
+    writer.close()
+    (events,) = (tmp_path / "tensorboard").iterdir()
+    data, found = events.read_bytes(), []
+    while data:  # TFRecord: length, its checksum, the record, its checksum
+        size = int.from_bytes(data[:8], "little")
+        found.append(Event.FromString(data[12 : 12 + size]))
+        data = data[16 + size :]
+    (image,) = [v.image for event in found for v in event.summary.value if v.tag == "sample"]
+    with Image.open(io.BytesIO(image.encoded_image_string)) as gif:
+        assert (gif.n_frames, gif.size) == (3, (6, 4)) == (3, (image.width, image.height))
+
+
+def test_lines_are_json_by_step(tmp_path):
+    write(tmp_path, 1)
+    assert json.loads((tmp_path / "metrics.jsonl").read_text()) == {"step": 1, "loss": 0.5}
