@@ -12,7 +12,7 @@ from lingbot_jax.models import params, text
 from lingbot_jax.models.config import UMT5Config, VAEConfig
 from lingbot_jax.models.text import UMT5
 from lingbot_jax.models.vae import WanVAE
-from tests.convert.checkpoints import tokenizer
+from tests.convert.published import tokenizer
 from tests.golden import EXACT, Case, Tolerance
 
 # About 10 times the change seen when every product is evaluated in float64 (golden README).

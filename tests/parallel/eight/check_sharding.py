@@ -14,7 +14,7 @@ from lingbot_jax.models.config import UMT5Config
 from lingbot_jax.models.text import UMT5, TextTokens, UMT5Encoder
 from lingbot_jax.parallel import sharding
 from lingbot_jax.parallel.mesh import MeshConfig, make_mesh
-from tests.convert.checkpoints import tokenizer
+from tests.convert.published import tokenizer
 
 
 class Block(nnx.Module):
