@@ -18,7 +18,7 @@ from lingbot_jax.training.loop import train
 from lingbot_jax.training.report import NonFiniteLoss
 from lingbot_jax.worlds.checkpoints import SaveFailed
 
-CONFIG = common.define_config()
+CONFIG = common.define_config(TrainConfig)
 DISTRIBUTED = flags.DEFINE_bool("distributed", False, "this is one process of several")
 COORDINATOR = flags.DEFINE_string("coordinator", None, "host:port of process 0, if it is not detected")
 PROCESSES = flags.DEFINE_integer("processes", None, "how many processes, if that is not detected")
