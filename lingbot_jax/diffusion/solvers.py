@@ -46,10 +46,10 @@ class Steps(NamedTuple):
 class State(NamedTuple):
     """What a trajectory carries: the latent and its history (all of the latent's shape, float32)."""
 
-    x: Float[Array, "b t h w c"]
-    last: Float[Array, "b t h w c"]
-    m_1: Float[Array, "b t h w c"]
-    m_2: Float[Array, "b t h w c"]
+    x: Float[Array, "*latents"]
+    last: Float[Array, "*latents"]
+    m_1: Float[Array, "*latents"]
+    m_2: Float[Array, "*latents"]
 
 
 def _lambda(sigmas: np.ndarray) -> np.ndarray:
@@ -127,12 +127,12 @@ def make(name: SolverName, steps: int, shift: float) -> Steps:
     return solver(schedule(steps, shift))
 
 
-def start(noise: Float[Array, "b t h w c"]) -> State:
+def start(noise: Float[Array, "*latents"]) -> State:
     """The state at the first level; the history starts at zero, with weight zero."""
     return State(noise, *(jnp.zeros_like(noise) for _ in range(3)))
 
 
-def step(row: Steps, state: State, velocity: Float[Array, "b t h w c"]) -> State:
+def step(row: Steps, state: State, velocity: Float[Array, "*latents"]) -> State:
     """Advances one level. `row` is one row of `Steps`, `velocity` the network's output at state.x."""
     m = x0_from_velocity(state.x, velocity, row.sigma)
     c, p = row.corrector, row.predictor
@@ -143,7 +143,7 @@ def step(row: Steps, state: State, velocity: Float[Array, "b t h w c"]) -> State
 def run(
     steps: Steps,
     state: State,
-    velocity: Callable[[Float[Array, "b t h w c"], Float[Array, ""]], Float[Array, "b t h w c"]],
+    velocity: Callable[[Float[Array, "*latents"], Float[Array, ""]], Float[Array, "*latents"]],
 ) -> State:
     """Runs all rows with lax.scan: `velocity(x, timestep)` is traced once."""
 

@@ -9,7 +9,7 @@
 
 import math
 from collections.abc import Sequence
-from typing import Annotated
+from typing import Annotated, Any
 
 import jax
 import numpy as np
@@ -99,7 +99,7 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     return Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
 
 
-def arrange(devices: list[jax.Device], sizes: tuple[int, int, int]) -> np.ndarray:
+def arrange(devices: list[Any], sizes: tuple[int, int, int]) -> np.ndarray:
     """The devices of one slice, [data fsdp seq]: seq takes the chips of a host first, then neighbouring hosts.
 
     JAX's own choice would lay seq along a whole dimension of the torus where one is as long, through half of each

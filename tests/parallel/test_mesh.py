@@ -24,9 +24,9 @@ def test_resolve(sizes, devices, resolved):
 
 
 def test_refusals_name_the_numbers():
-    with pytest.raises(ConfigError, match=r"mesh.seq = 0"):
+    with pytest.raises(ConfigError, match=r"seq = 0"):
         MeshConfig(1, 1, 0)
-    with pytest.raises(ConfigError, match=r"only one axis may be -1"):
+    with pytest.raises(ConfigError, match=r"only one of data, fsdp, seq may be -1"):
         MeshConfig(-1, -1, 1)
     with pytest.raises(ConfigError, match=r"product 6 must equal the 8 devices"):
         MeshConfig(1, 2, 3).resolve(8)

@@ -10,13 +10,13 @@ import sys
 import jax
 import numpy as np
 import pytest
-from lingbot_jax.training.checkpoints import Checkpoints
 
 from lingbot_jax.config import ConfigError
 from lingbot_jax.parallel import multihost
 from lingbot_jax.parallel.mesh import MeshConfig, make_mesh
 from lingbot_jax.training.config import CheckpointConfig
 from lingbot_jax.worlds import checksums, storage
+from lingbot_jax.worlds.checkpoints import Checkpoints
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -108,7 +108,7 @@ def _checkpoints(folder, index):
     """Both save three steps; then process 1 cannot read the newest, and a file of the one before is damaged."""
     mesh = make_mesh(MeshConfig(fsdp=4))
     config = CheckpointConfig(every=1, keep=3)
-    with Checkpoints(folder / "run", config) as checkpoints:
+    with Checkpoints(folder / "run", keep=2) as checkpoints:
         for step in (1, 2, 3):
             checkpoints.save(step, _tree(mesh, step))
     template = jax.tree.map(
@@ -117,7 +117,7 @@ def _checkpoints(folder, index):
     values = []
 
     def restore():
-        found = Checkpoints(folder / "run", config, read_only=True).restore(template)["params"]["w"]
+        found = Checkpoints(folder / "run", read_only=True).restore(template)["params"]["w"]
         values.append(float(jax.jit(lambda x: x.min())(found)))
 
     restore()

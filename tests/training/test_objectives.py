@@ -79,7 +79,7 @@ def test_loss_is_the_mean_squared_velocity_error():
 def test_noise_levels_are_shifted_and_stay_in_the_network_s_region(network, shift):
     n = 4000
     stub, _, _ = loss_of(lambda sigma: 0.0, FlowConfig(shift=shift), network, batch=n)
-    lo, hi = {"world": (0, 1), "high": (0.9, 1), "low": (0, 0.9)}[network]
+    lo, hi = {"world": (0.0, 1.0), "high": (0.9, 1.0), "low": (0.0, 0.9)}[network]
     levels = np.sort(stub.sigma[:, 0].astype(np.float64))
     assert lo - 1e-6 <= levels[0] and levels[-1] <= hi + 1e-6
     # Kolmogorov-Smirnov at 1e-4: undoing the shift must leave a uniform distribution between the bounds' images.

@@ -19,14 +19,25 @@ from lingbot_jax.training.config import CheckpointConfig, OptimizerConfig, Phase
 from lingbot_jax.training.owner import Owner
 from lingbot_jax.training.run_dir import init_run_dir, load_config
 from lingbot_jax.worlds.config import WorldConfig
+from lingbot_jax.worlds.open import write_bundle_config
 
 ONE_LINE = r"^[^\n]+$"
 
 
 def config(run, **fields) -> TrainConfig:
     world = WorldConfig(networks={"world": DiTConfig(dim=32, heads=2, layers=1, ffn=48)})
-    small = {"run": str(run), "steps": 100, "codec": "codec.safetensors", "world": world, "stage": "world"}
+    small = {"run": str(run), "steps": 100, "codec": "codec", "world": world, "stage": "world"}
     return TrainConfig(**small | {"data": DataConfig(path="data")} | fields)
+
+
+@pytest.fixture(autouse=True)
+def sources(tmp_path, monkeypatch):
+    """Two bundles that a relative path finds; with transformers, so that they are referred to and not copied."""
+    monkeypatch.chdir(tmp_path)
+    world = WorldConfig(networks={"world": DiTConfig(dim=32, heads=2, layers=1, ffn=48)})
+    for name in ("codec", "elsewhere"):
+        (tmp_path / name).mkdir()
+        write_bundle_config(tmp_path / name, world)
 
 
 def begin(made: TrainConfig) -> None:
