@@ -1,7 +1,5 @@
 """The chip of a topology's name and of a device."""
 
-import types
-
 import jax
 import pytest
 
@@ -15,13 +13,14 @@ def test_the_chip_of_a_topology_name():
         chip("v9:2x2")
 
 
-@pytest.mark.parametrize(
-    "kind, name", [("TPU v5 lite", "v5e"), ("TPU v5", "v5p"), ("TPU v6 lite", "v6e"), ("TPU7x", "tpu7x")]
-)
-def test_the_chip_of_a_device(kind, name):
-    assert chip_of(types.SimpleNamespace(device_kind=kind)) is CHIPS[name]
+@pytest.mark.parametrize("topology", ["v5e:2x4", "v5p:2x2x1", "v6e:2x4", "tpu7x:2x2x1"])
+def test_the_chip_of_a_device(topology):
+    """By the name that libtpu itself gives the devices of that generation."""
+    pytest.importorskip("libtpu", reason="no libtpu")
+    from lingbot_jax.planning.programs import topology_devices
+
+    assert chip_of(topology_devices(topology)[0]) is chip(topology)
 
 
 def test_other_devices_have_none():
     assert chip_of(jax.devices("cpu")[0]) is None
-    assert chip_of(types.SimpleNamespace(device_kind="TPU v4")) is None
