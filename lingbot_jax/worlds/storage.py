@@ -113,6 +113,7 @@ class Writer:
         """`specs` are shape and dtype by name; `folder` must not exist. Raises ConfigError."""
         self._folder, self._specs = located(folder), specs
         self._digests = dict.fromkeys(specs, 0)
+        self._waiting: dict[tuple[str, int], dict[int, np.ndarray]] = collections.defaultdict(dict)
         single = {name: np.zeros((1,) * len(s.shape), s.dtype) for name, s in specs.items()}
         with _writing(self._folder):
             with ocp.Checkpointer(ocp.CompositeCheckpointHandler(**item_handlers())) as checkpointer:
@@ -121,13 +122,30 @@ class Writer:
 
     def write(self, name: str, layer: int | None, value: np.ndarray) -> None:
         """Writes one layer, once (None: the whole of an array that is not stacked). Raises ConfigError."""
-        store = self._stores[name]
-        with _writing(self._folder):
-            (store if layer is None else store[layer]).write(value).result()
         self._digests[name] = (self._digests[name] + checksums.layer_digest(value, layer)) % 2**32
+        store = self._stores[name]
+        if layer is None:
+            place = ...
+        else:  # layers that share a chunk wait for each other
+            rows = store.chunk_layout.write_chunk.shape[0]
+            group = self._waiting[name, layer // rows]
+            group[layer] = value
+            if len(group) < rows:
+                return
+            value = np.stack([group[index] for index in sorted(group)])
+            place = slice(min(group), min(group) + rows)
+            del self._waiting[name, layer // rows]
+        with _writing(self._folder):
+            store[place].write(value).result()
 
     def close(self) -> None:
-        """Adds digests and seal; a folder without them is refused. Raises ConfigError."""
+        """Adds digests and seal; a folder without them is refused.
+
+        Raises:
+          ConfigError: it cannot be written. ValueError: some layers of an array were never written.
+        """
+        if self._waiting:
+            raise ValueError(f"{next(iter(self._waiting))[0]}: not all layers were written")
         with _writing(self._folder):
             (self._folder / DIGESTS).mkdir()
             (self._folder / DIGESTS / "metadata").write_text(json.dumps(self._digests))
@@ -297,7 +315,8 @@ def _open(folder: epath.Path, name: str, new: jax.ShapeDtypeStruct | None = None
         return tensorstore.open(spec, open=True)
     spec |= {"dtype": np.dtype(new.dtype).name}
     spec |= {"metadata": {"shape": list(new.shape), "chunks": _chunks(new), "compressor": None}}
-    return tensorstore.open(spec, create=True, delete_existing=True)
+    (folder / ARRAYS / name).rmtree()
+    return tensorstore.open(spec, create=True)
 
 
 def _chunks(spec: jax.ShapeDtypeStruct) -> list[int]:
