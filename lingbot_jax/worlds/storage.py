@@ -67,8 +67,7 @@ def named(tree: Any) -> dict[str, Any]:
 # --- Writing.
 
 
-def save_args(arrays: Mapping[str, Any]) -> ocp.args.CheckpointArgs:
-    """What Orbax is to write of named arrays, without their digests. For `item_handlers` beside it."""
+def _save_args(arrays: Mapping[str, Any]) -> ocp.args.CheckpointArgs:
     # Chunks are split over the leading axis first: no chunk holds two layers of a large parameter.
     chunked = {
         name: ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES, shard_axes=(0,) if len(a.shape) > 1 else ())
@@ -85,7 +84,7 @@ def item_handlers() -> dict[str, ocp.CheckpointHandler]:
 def items(arrays: Mapping[str, Any]) -> ocp.args.Composite:
     """Everything that Orbax is to save of named arrays. The digests are computed, and waited for, here."""
     digests = {name: int(digest) for name, digest in checksums.digests_of(dict(arrays)).items()}
-    return ocp.args.Composite(**{ARRAYS: save_args(arrays), DIGESTS: ocp.args.JsonSave(digests)})
+    return ocp.args.Composite(**{ARRAYS: _save_args(arrays), DIGESTS: ocp.args.JsonSave(digests)})
 
 
 def write(folder: str | os.PathLike, arrays: Mapping[str, Any]) -> None:
@@ -96,8 +95,7 @@ def write(folder: str | os.PathLike, arrays: Mapping[str, Any]) -> None:
     """
     folder = located(folder)
     with _writing(folder):
-        handler = ocp.CompositeCheckpointHandler(**item_handlers())
-        with ocp.Checkpointer(handler) as checkpointer:
+        with ocp.Checkpointer(ocp.CompositeCheckpointHandler(**item_handlers())) as checkpointer:
             checkpointer.save(folder, args=items(arrays))
         if jax.process_index() == 0:
             checksums.seal(folder)
@@ -117,7 +115,7 @@ class Writer:
         single = {name: np.zeros((1,) * len(s.shape), s.dtype) for name, s in specs.items()}
         with _writing(self._folder):
             with ocp.Checkpointer(ocp.CompositeCheckpointHandler(**item_handlers())) as checkpointer:
-                checkpointer.save(self._folder, args=ocp.args.Composite(**{ARRAYS: save_args(single)}))
+                checkpointer.save(self._folder, args=ocp.args.Composite(**{ARRAYS: _save_args(single)}))
             self._stores = {name: _open(self._folder, name, spec).result() for name, spec in specs.items()}
 
     def write(self, name: str, layer: int | None, value: np.ndarray) -> None:
@@ -232,20 +230,21 @@ def read(folder: str | os.PathLike, wanted: Any, fields_only: bool = False) -> A
 def _restore(folder: epath.Path, stored: Specs, wanted: Specs) -> dict[str, jax.Array]:
     """Arrays as they are stored, where they are wanted. A part that several devices share is read once."""
     stores = {name: _open(folder, name) for name in wanted}
+    place_of = lambda index: tuple((part.start, part.stop) for part in index)
     values, started, held = {}, collections.deque(), 0
 
     def finish():
         name, parts, size = started.popleft()
         read = {place: part.result() for place, part in parts.items()}
         values[name] = jax.make_array_from_callback(
-            stored[name].shape, wanted[name].sharding, lambda i: read[_place(i)], dtype=stored[name].dtype
+            stored[name].shape, wanted[name].sharding, lambda i: read[place_of(i)], dtype=stored[name].dtype
         )
         return size
 
     for name, spec in wanted.items():
         store = stores[name].result()
         indices = spec.sharding.addressable_devices_indices_map(tuple(stored[name].shape)).values()
-        parts = {_place(index): store[index] for index in indices}
+        parts = {place_of(index): store[index] for index in indices}
         size = sum(part.size for part in parts.values()) * store.dtype.numpy_dtype.itemsize
         started.append((name, {place: part.read() for place, part in parts.items()}, size))
         held += size
@@ -254,10 +253,6 @@ def _restore(folder: epath.Path, stored: Specs, wanted: Specs) -> dict[str, jax.
     while started:
         finish()
     return values
-
-
-def _place(index: tuple[slice, ...]) -> tuple[tuple[int | None, int | None], ...]:
-    return tuple((part.start, part.stop) for part in index)
 
 
 def check_fit(where: str, stored: Specs, wanted: Specs) -> None:
