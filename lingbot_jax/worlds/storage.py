@@ -121,10 +121,8 @@ class Writer:
     def write(self, name: str, layer: int | None, value: np.ndarray) -> None:
         """Writes one layer, once (None: the whole of an array that is not stacked). Raises ConfigError."""
         self._digests[name] = (self._digests[name] + checksums.layer_digest(value, layer)) % 2**32
-        store = self._stores[name]
-        if layer is None:
-            place = ...
-        else:  # layers that share a chunk wait for each other
+        store, place = self._stores[name], ...
+        if layer is not None:  # layers that share a chunk wait for each other
             rows = store.chunk_layout.write_chunk.shape[0]
             group = self._waiting[name, layer // rows]
             group[layer] = value
@@ -304,12 +302,12 @@ def _open(folder: epath.Path, name: str, new: jax.ShapeDtypeStruct | None = None
     path = os.fspath(folder / ARRAYS / name)
     place = f"{path}/" if is_remote(path) else {"driver": "file", "path": path}
     # Zeros are values too: what is missing is damage.
-    spec = {"driver": "zarr", "kvstore": place, "fill_missing_data_reads": False}
-    spec |= {"store_data_equal_to_fill_value": True}
+    zeros = {"fill_missing_data_reads": False, "store_data_equal_to_fill_value": True}
+    spec = {"driver": "zarr", "kvstore": place} | zeros
     if new is None:
         return tensorstore.open(spec, open=True)
-    spec |= {"dtype": np.dtype(new.dtype).name}
-    spec |= {"metadata": {"shape": list(new.shape), "chunks": _chunks(new), "compressor": None}}
+    layout = {"shape": list(new.shape), "chunks": _chunks(new), "compressor": None}
+    spec |= {"dtype": np.dtype(new.dtype).name, "metadata": layout}
     (folder / ARRAYS / name).rmtree()
     return tensorstore.open(spec, create=True)
 
