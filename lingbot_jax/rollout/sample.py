@@ -73,10 +73,13 @@ def denoise(
     for network, rows, scale in parts:
         if not len(rows.sigma):
             continue
-        prepared = (network.precompute(condition),)
-        if scale != 1.0:
-            other = dataclasses.replace(prepared[0], text=network.precompute_text(negative))
-            prepared = (guidance.double(*prepared, other),) if config.guidance.batched else (*prepared, other)
+        if scale != 1.0 and config.guidance.batched:
+            both = guidance.double(condition, dataclasses.replace(condition, text=negative))
+            prepared = (network.precompute(both),)
+        else:
+            prepared = (network.precompute(condition),)
+            if scale != 1.0:
+                prepared += (dataclasses.replace(*prepared, text=network.precompute_text(negative)),)
 
         def velocity(x, timestep, network=network, prepared=prepared, scale=scale):
             if on_step is not None:

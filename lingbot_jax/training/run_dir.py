@@ -18,7 +18,7 @@ import jax
 from etils import epath
 
 from lingbot_jax.config import ConfigError, build
-from lingbot_jax.files import copy_files, whole_folder, write_whole
+from lingbot_jax.files import copy_files, is_remote, whole_folder, write_whole
 from lingbot_jax.parallel import multihost
 from lingbot_jax.training.config import TrainConfig
 from lingbot_jax.training.owner import Owner
@@ -216,7 +216,10 @@ def _parse(content: bytes, say: str) -> Any:
 
 @contextlib.contextmanager
 def _made(path: epath.Path) -> Iterator[None]:
-    """Makes a folder, and after a refusal removes what it made of it, if that is empty."""
+    """Makes a folder, and after a refusal removes what it made of it, if that is empty. Object stores have none."""
+    if is_remote(path):
+        yield
+        return
     missing = [p for p in (path, *path.parents) if not p.exists()]
     path.mkdir(parents=True, exist_ok=True)
     try:
@@ -231,14 +234,15 @@ def _made(path: epath.Path) -> Iterator[None]:
 @contextlib.contextmanager
 def _nothing_left_by_a_refusal(path: epath.Path) -> Iterator[None]:
     """Removes what a first start put into its folder if it ends with ConfigError before anything was trained."""
-    there = {entry.name for entry in path.iterdir()}
+    list_folder = lambda: list(path.iterdir()) if path.exists() else []
+    there = {entry.name for entry in list_folder()}
     try:
         yield
     except ConfigError:
         lines = path / "metrics.jsonl"
         trained = storage.is_file(lines) and lines.stat().length > 0 or _steps(path)
         if CONFIG not in there and not trained:
-            for entry in [entry for entry in path.iterdir() if entry.name not in there]:
+            for entry in [entry for entry in list_folder() if entry.name not in there]:
                 entry.rmtree() if entry.is_dir() else entry.unlink()
         raise
 

@@ -68,8 +68,7 @@ def named(tree: Any) -> dict[str, Any]:
 # --- Writing.
 
 
-def save_args(arrays: Mapping[str, Any]) -> ocp.args.CheckpointArgs:
-    """What Orbax is to write of named arrays, without their digests. For `item_handlers` beside it."""
+def _save_args(arrays: Mapping[str, Any]) -> ocp.args.CheckpointArgs:
     # Chunks are split over the leading axis first: no chunk holds two layers of a large parameter.
     chunked = {
         name: ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES, shard_axes=(0,) if len(a.shape) > 1 else ())
@@ -86,7 +85,7 @@ def item_handlers() -> dict[str, ocp.CheckpointHandler]:
 def items(arrays: Mapping[str, Any]) -> ocp.args.Composite:
     """Everything that Orbax is to save of named arrays. The digests are computed, and waited for, here."""
     digests = {name: int(digest) for name, digest in checksums.digests_of(dict(arrays)).items()}
-    return ocp.args.Composite(**{ARRAYS: save_args(arrays), DIGESTS: ocp.args.JsonSave(digests)})
+    return ocp.args.Composite(**{ARRAYS: _save_args(arrays), DIGESTS: ocp.args.JsonSave(digests)})
 
 
 def write(folder: str | os.PathLike, arrays: Mapping[str, Any]) -> None:
@@ -97,8 +96,7 @@ def write(folder: str | os.PathLike, arrays: Mapping[str, Any]) -> None:
     """
     folder = located(folder)
     with _writing(folder):
-        handler = ocp.CompositeCheckpointHandler(**item_handlers())
-        with ocp.Checkpointer(handler) as checkpointer:
+        with ocp.Checkpointer(ocp.CompositeCheckpointHandler(**item_handlers())) as checkpointer:
             checkpointer.save(folder, args=items(arrays))
         if jax.process_index() == 0:
             checksums.seal(folder)
@@ -114,21 +112,37 @@ class Writer:
         """`specs` are shape and dtype by name; `folder` must not exist. Raises ConfigError."""
         self._folder, self._specs = located(folder), specs
         self._digests = dict.fromkeys(specs, 0)
+        self._waiting: dict[tuple[str, int], dict[int, np.ndarray]] = collections.defaultdict(dict)
         single = {name: np.zeros((1,) * len(s.shape), s.dtype) for name, s in specs.items()}
         with _writing(self._folder):
             with ocp.Checkpointer(ocp.CompositeCheckpointHandler(**item_handlers())) as checkpointer:
-                checkpointer.save(self._folder, args=ocp.args.Composite(**{ARRAYS: save_args(single)}))
+                checkpointer.save(self._folder, args=ocp.args.Composite(**{ARRAYS: _save_args(single)}))
             self._stores = {name: _open(self._folder, name, spec).result() for name, spec in specs.items()}
 
     def write(self, name: str, layer: int | None, value: np.ndarray) -> None:
         """Writes one layer, once (None: the whole of an array that is not stacked). Raises ConfigError."""
-        store = self._stores[name]
-        with _writing(self._folder):
-            (store if layer is None else store[layer]).write(value).result()
         self._digests[name] = (self._digests[name] + checksums.layer_digest(value, layer)) % 2**32
+        store, place = self._stores[name], ...
+        if layer is not None:  # layers that share a chunk wait for each other
+            rows = store.chunk_layout.write_chunk.shape[0]
+            group = self._waiting[name, layer // rows]
+            group[layer] = value
+            if len(group) < rows:
+                return
+            value = np.stack([group[index] for index in sorted(group)])
+            place = slice(min(group), min(group) + rows)
+            del self._waiting[name, layer // rows]
+        with _writing(self._folder):
+            store[place].write(value).result()
 
     def close(self) -> None:
-        """Adds digests and seal; a folder without them is refused. Raises ConfigError."""
+        """Adds digests and seal; a folder without them is refused.
+
+        Raises:
+          ConfigError: it cannot be written. ValueError: some layers of an array were never written.
+        """
+        if self._waiting:
+            raise ValueError(f"{next(iter(self._waiting))[0]}: not all layers were written")
         with _writing(self._folder):
             (self._folder / DIGESTS).mkdir()
             (self._folder / DIGESTS / "metadata").write_text(json.dumps(self._digests))
@@ -213,20 +227,21 @@ def read(folder: str | os.PathLike, wanted: Any, partial: bool = False) -> Any:
 def _restore(folder: epath.Path, stored: Specs, wanted: Specs) -> dict[str, jax.Array]:
     """Arrays as they are stored, where they are wanted. A part that several devices share is read once."""
     stores = {name: _open(folder, name) for name in wanted}
+    place_of = lambda index: tuple((part.start, part.stop) for part in index)
     values, started, held = {}, collections.deque(), 0
 
     def finish():
         name, parts, size = started.popleft()
         read = {place: part.result() for place, part in parts.items()}
         values[name] = jax.make_array_from_callback(
-            stored[name].shape, wanted[name].sharding, lambda i: read[_place(i)], dtype=stored[name].dtype
+            stored[name].shape, wanted[name].sharding, lambda i: read[place_of(i)], dtype=stored[name].dtype
         )
         return size
 
     for name, spec in wanted.items():
         store = stores[name].result()
         indices = spec.sharding.addressable_devices_indices_map(tuple(stored[name].shape)).values()
-        parts = {_place(index): store[index] for index in indices}
+        parts = {place_of(index): store[index] for index in indices}
         size = sum(part.size for part in parts.values()) * store.dtype.numpy_dtype.itemsize
         started.append((name, {place: part.read() for place, part in parts.items()}, size))
         held += size
@@ -235,10 +250,6 @@ def _restore(folder: epath.Path, stored: Specs, wanted: Specs) -> dict[str, jax.
     while started:
         finish()
     return values
-
-
-def _place(index: tuple[slice, ...]) -> tuple[tuple[int | None, int | None], ...]:
-    return tuple((part.start, part.stop) for part in index)
 
 
 def check_fit(where: str, stored: Specs, wanted: Specs) -> None:
@@ -290,13 +301,14 @@ def _open(folder: epath.Path, name: str, new: jax.ShapeDtypeStruct | None = None
     path = os.fspath(folder / ARRAYS / name)
     place = f"{path}/" if is_remote(path) else {"driver": "file", "path": path}
     # Zeros are values too: what is missing is damage.
-    spec = {"driver": "zarr", "kvstore": place, "fill_missing_data_reads": False}
-    spec |= {"store_data_equal_to_fill_value": True}
+    zeros = {"fill_missing_data_reads": False, "store_data_equal_to_fill_value": True}
+    spec = {"driver": "zarr", "kvstore": place} | zeros
     if new is None:
         return tensorstore.open(spec, open=True)
-    spec |= {"dtype": np.dtype(new.dtype).name}
-    spec |= {"metadata": {"shape": list(new.shape), "chunks": _chunks(new), "compressor": None}}
-    return tensorstore.open(spec, create=True, delete_existing=True)
+    layout = {"shape": list(new.shape), "chunks": _chunks(new), "compressor": None}
+    spec |= {"dtype": np.dtype(new.dtype).name, "metadata": layout}
+    (folder / ARRAYS / name).rmtree()
+    return tensorstore.open(spec, create=True)
 
 
 def _chunks(spec: jax.ShapeDtypeStruct) -> list[int]:

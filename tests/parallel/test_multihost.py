@@ -14,7 +14,6 @@ import pytest
 from lingbot_jax.config import ConfigError
 from lingbot_jax.parallel import multihost
 from lingbot_jax.parallel.mesh import MeshConfig, make_mesh
-from lingbot_jax.training.config import CheckpointConfig
 from lingbot_jax.worlds import checksums, storage
 from lingbot_jax.worlds.checkpoints import Checkpoints
 
@@ -107,8 +106,7 @@ def _tree(mesh, step):
 def _checkpoints(folder, index):
     """Both save three steps; then process 1 cannot read the newest, and a file of the one before is damaged."""
     mesh = make_mesh(MeshConfig(fsdp=4))
-    config = CheckpointConfig(every=1, keep=3)
-    with Checkpoints(folder / "run", keep=2) as checkpoints:
+    with Checkpoints(folder / "run", keep=3) as checkpoints:
         for step in (1, 2, 3):
             checkpoints.save(step, _tree(mesh, step))
     template = jax.tree.map(

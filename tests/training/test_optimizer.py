@@ -25,7 +25,11 @@ def test_matrices_are_decayed_wherever_they_are_and_nothing_else(algorithm):
     zero = {path: jnp.zeros(shape) for path, shape in PATHS.items()}
     changes, _ = optimizer.update(zero, optimizer.init(arrays), arrays)
     for path, change in changes.items():
-        rate = config.muon_rate if algorithm == "muon" and path == "blocks.ffn.up.kernel" else config.learning_rate
+        rate = (
+            config.muon_rate
+            if algorithm == "muon" and path == "blocks.ffn.up.kernel"
+            else config.learning_rate
+        )
         expected = -rate * config.weight_decay if path.endswith("kernel") else 0.0
         np.testing.assert_allclose(change, expected, rtol=1e-5, err_msg=path)
 
@@ -33,4 +37,6 @@ def test_matrices_are_decayed_wherever_they_are_and_nothing_else(algorithm):
 def test_the_rate_warms_up_and_falls_to_zero_where_the_config_says():
     config = OptimizerConfig(learning_rate=1.0, warmup=10, decay="cosine")
     rate = learning_rate(config, 110)
-    np.testing.assert_allclose([rate(0), rate(5), rate(10), rate(60), rate(110)], [0, 0.5, 1, 0.5, 0], atol=1e-6)
+    np.testing.assert_allclose(
+        [rate(0), rate(5), rate(10), rate(60), rate(110)], [0, 0.5, 1, 0.5, 0], atol=1e-6
+    )
