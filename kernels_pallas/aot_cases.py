@@ -57,17 +57,22 @@ def cached(
     chunk: int = shapes.CHUNK,
     slots: int = shapes.CONTEXT,
     head_dim: int = shapes.HEAD_DIM,
+    backward: bool = False,
 ) -> Case:
-    """A chunk on a cache whose valid slots are a run-time value."""
+    """A chunk on a cache whose valid slots are a run-time value; `backward`: and the gradients of q, k and v."""
     chip = tiles.generation(devices[0])
     mesh = Mesh(np.array(devices), ("d",))
     split, whole = (PartitionSpec("d"), PartitionSpec())
 
-    def local(q, k, v, keys, values, valid):
-        return cached_attention(q, k, v, Context(keys, values, valid), generation=chip)
+    def local(q, k, v, keys, values, *rest):
+        *g, valid = rest
+        attend = lambda q, k, v: cached_attention(q, k, v, Context(keys, values, valid), generation=chip)
+        return jax.vjp(attend, q, k, v)[1](*g) if backward else attend(q, k, v)
 
-    fn = jax.shard_map(local, mesh=mesh, in_specs=(split,) * 5 + (whole,), out_specs=split, check_vma=False)
-    _, args = _case(devices, local, (chunk, chunk, chunk, slots, slots), head_dim)
+    tokens = (chunk, chunk, chunk, slots, slots, *[chunk] * backward)
+    specs = (split,) * len(tokens) + (whole,)
+    fn = jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=split, check_vma=False)
+    _, args = _case(devices, local, tokens, head_dim)
     return fn, (*args, jax.ShapeDtypeStruct((3, 2), jnp.int32, sharding=NamedSharding(mesh, whole)))
 
 
@@ -77,6 +82,7 @@ CASES: dict[str, Callable[[Sequence[jax.Device]], Case]] = {
     "flash_block_causal_forward": functools.partial(forward, mask=shapes.BLOCK_CAUSAL),
     "flash_block_causal_backward": functools.partial(backward, mask=shapes.BLOCK_CAUSAL),
     "cached_forward": cached,
+    "cached_backward": functools.partial(cached, backward=True),
 }
 
 # Matrix FLOPs of one pass through the hot region, which is one unmasked tile. Blocks are the same on all generations.
@@ -88,6 +94,7 @@ _TILES = {
     "flash_block_causal_forward": (_CLIP.fixed_max, 4),
     "flash_block_causal_backward": (_CLIP.backward, 10),
     "cached_forward": (_CACHED.fixed_max, 4),
+    "cached_backward": (_CACHED.backward, 6),  # a tile of the context: S, dO V^T and dQ
 }
 TILE_FLOPS: dict[str, int] = {
     name: products * tile.block_q * tile.block_k * shapes.HEAD_DIM

@@ -18,7 +18,7 @@ from kernels_pallas import tiles as tiles_lib
 from kernels_pallas.context import Context
 from kernels_pallas.flash_backward import flash_backward
 from kernels_pallas.flash_forward import LOG2_E, flash_forward
-from kernels_pallas.mask import Mask, Rows
+from kernels_pallas.mask import Mask
 from kernels_pallas.steps import Plan, valid_intervals
 from kernels_pallas.tiles import Tiles
 
@@ -66,31 +66,25 @@ def _attention_forward(q, k, v, context, key_lengths, mask, tiles, interpret):
     return out, (q, k, v, context, key_lengths, out, lse)
 
 
-def _join(mask: Mask, slots: int) -> Mask:
-    """The mask over a context's slots and the own keys as one array."""
-    rows = (
-        Rows(r.start, r.stop, ((0, slots), *((slots + a, slots + b) for a, b in r.keys))) for r in mask.rows
-    )
-    return Mask(mask.n, slots + mask.m, tuple(rows))
-
-
 def _attention_backward(mask, tiles, interpret, saved, g):
     q, k, v, context, key_lengths, out, lse = saved
-    slots = 0 if context is None else context.slots
-    valid = None
-    if context is not None or key_lengths is not None:
-        # The context is one array with the own keys here: the backward pass is not where time is short.
-        batch = 1 if key_lengths is None else len(q)
-        valid = valid_intervals(batch, slots, mask.m, context, key_lengths)
-    if context is not None:
-        k, v = (jnp.concatenate(x, axis=1) for x in ((context.keys, k), (context.values, v)))
-        mask = _join(mask, slots)
-    dq, dk, dv = backward_segments(q, k, v, out, lse, g, mask, tiles.backward, valid, interpret)
-    return dq, dk[:, slots:], dv[:, slots:], None, None
+    rows = out, lse, g
+    valid = None if key_lengths is None else valid_intervals(len(q), 0, mask.m, None, key_lengths)
+    if context is None:
+        return *backward_segments(q, k, v, *rows, mask, tiles.backward, valid, interpret), None, None
+    # Two passes, for nothing flows into the context: over its slots dq alone.
+    part = functools.partial(
+        backward_segments, tiles=tiles.backward, interpret=interpret, dq_dtype=jnp.float32
+    )
+    dq, dk, dv = part(q, k, v, *rows, mask, valid=valid)
+    everything = Mask.full(mask.n, context.slots)
+    slots = valid_intervals(1, context.slots, 0, context, None)
+    (more,) = part(q, context.keys, context.values, *rows, everything, valid=slots, key_grads=False)
+    return (dq + more).astype(q.dtype), dk, dv, None, None
 
 
-def backward_segments(q, k, v, out, lse, g, mask, tiles, valid, interpret):
-    """`flash_backward` on as many queries at a time as its VMEM accumulator of dq holds."""
+def backward_segments(q, k, v, out, lse, g, mask, tiles, valid, interpret, **options):
+    """`flash_backward`, which takes `options`, on as many queries at a time as its VMEM accumulator of dq holds."""
     n, d = q.shape[1], q.shape[3]
     most = max(1, tiles.accumulator_bytes // (4 * d * tiles.block_q)) * tiles.block_q
     parts = []
@@ -101,15 +95,12 @@ def backward_segments(q, k, v, out, lse, g, mask, tiles, valid, interpret):
             mask.queries(start, stop), tiles.block_q, tiles.block_k, "keys", limited=valid is not None
         )
         arrays = q[:, cut], k, v, out[:, cut], lse[:, :, cut], g[:, cut]
-        parts.append(flash_backward(*arrays, plan, tiles, valid=valid, interpret=interpret))
+        parts.append(flash_backward(*arrays, plan, tiles, valid=valid, interpret=interpret, **options))
     if len(parts) == 1:
         return parts[0]
     add = lambda xs: functools.reduce(jnp.add, [x.astype(jnp.float32) for x in xs]).astype(xs[0].dtype)
-    return (
-        jnp.concatenate([p[0] for p in parts], axis=1),
-        add([p[1] for p in parts]),
-        add([p[2] for p in parts]),
-    )
+    dq, *dkv = zip(*parts, strict=True)
+    return jnp.concatenate(dq, axis=1), *map(add, dkv)
 
 
 _attention.defvjp(_attention_forward, _attention_backward)

@@ -1,4 +1,4 @@
-"""Backward attention kernel: dq, dk and dv in one pass over the visible tiles.
+"""Backward attention kernel: dq, dk and dv, or dq alone, in one pass over the visible tiles.
 
 With P = exp2(S - lse) and dS = P (dO V^T - delta), delta = rowsum(dO O), a tile adds to dV, dK and dQ. Two forms:
 
@@ -8,6 +8,8 @@ With P = exp2(S - lse) and dS = P (dO V^T - delta), delta = rowsum(dO O), a tile
              pushed, which fills a 256x256 unit at head_dim 128: 3.5 instead of 5 units of time a tile. S and dO V^T
              fill half of its depth at head_dim 128; -lse and -delta go into the other half, as channels of q and
              dO that meet ones in k and v, so the unit subtracts them for nothing (`with_offset`).
+
+Keys that take no gradient (a cache's) need three of the five products: S, dO V^T and dQ (`key_grads`).
 
 dQ^T stays in VMEM for all queries of a head (4 bytes x n x head_dim) until the head is done, so no partial sums
 go to HBM. Nothing depends on a maximum: the log-sum-exp is exact, every P is at most 1.
@@ -20,6 +22,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from kernels_pallas.flash_forward import (
@@ -64,7 +67,14 @@ def with_offset(x: Float[Array, "b n h k"], offset: Float[Array, "b h n"]) -> Ar
 
 
 def _kernel(
-    *refs, plan: Plan, tiles: BackwardTiles, heads: int, head_dim: int, scale: float, interpret: bool
+    *refs,
+    plan: Plan,
+    tiles: BackwardTiles,
+    key_grads: bool,
+    heads: int,
+    head_dim: int,
+    scale: float,
+    interpret: bool,
 ):
     refs = list(refs)
     take = lambda n, when=True: [refs.pop(0) for _ in range(n)] if when else [None] * n
@@ -72,9 +82,12 @@ def _kernel(
     (valid,) = take(1, plan.limited)
     q_ref, k_ref, v_ref, g_ref = take(4)
     lse_ref, delta_ref = take(2, tiles.form == "rows")
-    q_t, g_t = take(2, tiles.form == "columns")
+    q_t, g_t = take(2, tiles.form == "columns" and key_grads)
     (bounds_ref,) = take(1, plan.intervals > 0)
-    dq_hbm, dk_ref, dv_ref, dq_t, dk, dv, k_t, dq_rows = take(8)
+    (dq_hbm,) = take(1)
+    dk_ref, dv_ref = take(2, key_grads)
+    dq_t, k_t, dq_rows = take(3)
+    dk, dv = take(2, key_grads)
     (v_t,) = take(1, tiles.form == "columns")
     bh, i = pl.program_id(0), pl.program_id(1)
     sample, head = bh // heads, lax.rem(bh, heads)
@@ -93,8 +106,9 @@ def _kernel(
 
     @pl.when(step & FIRST != 0)
     def _():
-        dk[...] = jnp.zeros_like(dk)
-        dv[...] = jnp.zeros_like(dv)
+        if key_grads:
+            dk[...] = jnp.zeros_like(dk)
+            dv[...] = jnp.zeros_like(dv)
         left = plan.mask.m - at * tiles.block_k
         k_t[:head_dim] = _transpose(keep_rows(k_ref[0], left))
         if by_columns:
@@ -124,8 +138,9 @@ def _kernel(
                 s = hide(s, bounds_ref[...] if plan.intervals else None, keys, 0)
             p = jnp.exp2(s - lse_ref[0])
             ds = (p * (dot(v, g_ref[0], NT) - delta_ref[0])).astype(q_ref.dtype)
-            dv[span] += dot(p.astype(g_ref.dtype), g_ref[0], NN)
-            dk[span] += dot(ds, q_ref[0], NN)
+            if key_grads:
+                dv[span] += dot(p.astype(g_ref.dtype), g_ref[0], NN)
+                dk[span] += dot(ds, q_ref[0], NN)
             dq_t[row] += dot(k_t[:, span], ds, NN)
 
     def tile_columns(masked):
@@ -140,8 +155,9 @@ def _kernel(
                 s = hide(s, bounds[span] if plan.intervals else None, keys, 1)
             p = jnp.exp2(s)
             ds = (p * dot(g_ref[0, span], v_t[...], NN)).astype(q_ref.dtype)
-            dv[...] += dot(g_t[0, :, span], p.astype(g_ref.dtype), NN)
-            dk[...] += dot(q_t[0, :, span], ds, NN)
+            if key_grads:
+                dv[...] += dot(g_t[0, :, span], p.astype(g_ref.dtype), NN)
+                dk[...] += dot(q_t[0, :, span], ds, NN)
             # In some interpreted programs XLA:CPU of JAX 0.12 makes this a product of two transposed bfloat16 operands
             # and then refuses it ("Unsupported element type for DotThunk"). Products of bfloat16 are exact in float32.
             wide = lambda x: x.astype(jnp.float32) if interpret else x
@@ -152,11 +168,13 @@ def _kernel(
     if plan.any_masked:
         pl.when(step & MASKED != 0)(lambda: tile(masked=True))
 
-    @pl.when(step & LAST != 0)
-    def _():
-        out = lambda x: x[...].T if by_columns else x[...]
-        dk_ref[0] = (out(dk) * scale).astype(dk_ref.dtype)
-        dv_ref[0] = out(dv).astype(dv_ref.dtype)
+    if key_grads:
+
+        @pl.when(step & LAST != 0)
+        def _():
+            out = lambda x: x[...].T if by_columns else x[...]
+            dk_ref[0] = (out(dk) * scale).astype(dk_ref.dtype)
+            dv_ref[0] = out(dv).astype(dv_ref.dtype)
 
     @pl.when(i == pl.num_programs(1) - 1)
     def _():
@@ -184,13 +202,16 @@ def flash_backward(
     tiles: BackwardTiles,
     *,
     valid: Int[Array, "b 4 2"] | None = None,
+    key_grads: bool = True,
+    dq_dtype: DTypeLike | None = None,
     interpret: bool = False,
-) -> tuple[Float[Array, "b n h k"], Float[Array, "b m h k"], Float[Array, "b m h k"]]:
-    """Gradients of attention: (dq, dk, dv), in the inputs' dtypes.
+) -> tuple[Array, ...]:
+    """Gradients of attention: (dq, dk, dv) like q, k and v; (dq,) without `key_grads`.
 
     Args:
       out, lse: of `flash_forward` (lse is the natural logarithm). g: cotangent of `out`.
       plan: by "keys", with the tile of `tiles`. valid: for a limited plan, as `Plan.valid`.
+      dq_dtype: of dq; None is q's. float32 for dq over some of the keys, which is yet to be summed.
     """
     b, n, h, d = q.shape
     m = k.shape[1]
@@ -209,16 +230,17 @@ def flash_backward(
     if tiles.form == "columns":
         rows = [with_offset(q, -lse / d**-0.5), with_offset(g, -delta)]
         # Transposed once here, not once a tile: the transpose unit is short of time in this form.
-        more = [pad(x, 1).transpose(0, 2, 3, 1).reshape(b * h, d, padded) for x in (q, g)]
-        more_specs = [pl.BlockSpec((1, d, tiles.block_q), lambda bh, *s: (bh, 0, row_block(bh, *s)))] * 2
+        turn = (q, g) if key_grads else ()
+        more = [pad(x, 1).transpose(0, 2, 3, 1).reshape(b * h, d, padded) for x in turn]
+        more_spec = pl.BlockSpec((1, d, tiles.block_q), lambda bh, *s: (bh, 0, row_block(bh, *s)))
     else:
         rows = [q, g]
         more = [pad(x, 2).reshape(b * h, 1, padded) for x in (lse * LOG2_E, delta)]
-        more_specs = [pl.BlockSpec((1, 1, tiles.block_q), lambda bh, *s: (bh, 0, row_block(bh, *s)))] * 2
+        more_spec = pl.BlockSpec((1, 1, tiles.block_q), lambda bh, *s: (bh, 0, row_block(bh, *s)))
     query_spec = block_spec(tiles.block_q, h, rows[0].shape[3], query_block)
     rows = [heads_last(pad(x, 1)) for x in rows]
     operands = [rows[0], heads_last(k), heads_last(v), rows[1], *more]
-    specs = [query_spec, key_spec, key_spec, query_spec, *more_specs]
+    specs = [query_spec, key_spec, key_spec, query_spec, *[more_spec] * len(more)]
     if plan.intervals:
         operands.append(pad(jnp.asarray(plan.bounds()), 1))
         specs.append(pl.BlockSpec((8, tiles.block_q), lambda bh, *s: (0, row_block(bh, *s))))
@@ -226,32 +248,40 @@ def flash_backward(
     vmem, by_columns = pltpu.VMEM, tiles.form == "columns"
     keys = (d, tiles.block_k) if by_columns else (tiles.block_k, d)
     turned = (_depth(d) if by_columns else d, tiles.block_k)
+    dq_shape = jax.eval_shape(lambda x: heads_last(pad(x, 1)).astype(dq_dtype or x.dtype), q)
     scratch = [
         vmem((blocks_q, d, tiles.block_q), jnp.float32),
-        vmem(keys, jnp.float32),
-        vmem(keys, jnp.float32),
         vmem(turned, k.dtype),
-        vmem((tiles.block_q, d), q.dtype),
+        vmem((tiles.block_q, d), dq_shape.dtype),
     ]
+    if key_grads:
+        scratch += [vmem(keys, jnp.float32)] * 2
     if by_columns:
         scratch.append(vmem(turned, v.dtype))
-    dq, dk, dv = pl.pallas_call(
+    dq, *dkv = pl.pallas_call(
         functools.partial(
-            _kernel, plan=plan, tiles=tiles, heads=h, head_dim=d, scale=d**-0.5, interpret=interpret
+            _kernel,
+            plan=plan,
+            tiles=tiles,
+            key_grads=key_grads,
+            heads=h,
+            head_dim=d,
+            scale=d**-0.5,
+            interpret=interpret,
         ),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=len(prefetch),
             grid=(b * h, prefetch[0].shape[1]),
             in_specs=specs,
-            out_specs=[pl.BlockSpec(memory_space=pl.ANY), key_spec, key_spec],
+            out_specs=[pl.BlockSpec(memory_space=pl.ANY), *[key_spec, key_spec] * key_grads],
             scratch_shapes=scratch,
         ),
-        out_shape=[jax.eval_shape(lambda x: heads_last(pad(x, 1)), q), *operands[1:3]],
+        out_shape=[dq_shape, *operands[1:3] * key_grads],
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=tiles.vmem_limit
         ),
         interpret=interpret,
-        name=f"flash_backward_{tiles.form}",
+        name=f"flash_backward_{'' if key_grads else 'dq_'}{tiles.form}",
     )(*prefetch, *operands)
     dq = heads_apart(dq, (b, padded, h, d))[:, :n]
-    return dq, heads_apart(dk, (b, m, h, d)), heads_apart(dv, (b, m, h, d))
+    return dq, *(heads_apart(x, (b, m, h, d)) for x in dkv)

@@ -29,8 +29,8 @@ def devices():
 @pytest.mark.parametrize("chip", CHIPS)
 @pytest.mark.parametrize(
     "case",
-    # A backward program contains the forward kernels of its mask, both forms, so these three are all five cases.
-    ["flash_full_backward", "flash_block_causal_backward", "cached_forward"],
+    # A backward program contains the forward kernels of its mask, both forms, so these three are all six cases.
+    ["flash_full_backward", "flash_block_causal_backward", "cached_backward"],
 )
 def test_compiles(case, chip, devices):
     """Every kernel's VMEM is within its generation's, and HBM in proportion to the arrays' own size."""
@@ -39,16 +39,16 @@ def test_compiles(case, chip, devices):
     text = compiled.as_text()
     for kernel in ("flash_forward_fixed_max", "flash_forward_stale_max"):
         assert kernel in text
-    assert ("flash_backward" in text) == ("backward" in case)
+    assert "flash_backward" in text and ("flash_backward_dq" in text) == ("cached" in case)
     used = [int(x) for x in re.findall(r'"used_scoped_memory_configs":\[[^]]*?"size":"(\d+)"', text)]
-    assert len(used) >= (3 if "backward" in case else 2)
+    assert len(used) >= (4 if "cached" in case else 3)
     assert 0 < max(used) <= tiles.VMEM_MIB[chip] << 20
     token = shapes.HEAD_DIM * 2
     assert compiled.memory_analysis().temp_size_in_bytes < 24 * shapes.TOKENS * token
 
 
 @no_libtpu
-@pytest.mark.parametrize("case", ["flash_full_forward", "flash_block_causal_forward"])
+@pytest.mark.parametrize("case", ["flash_full_forward", "flash_block_causal_forward", "cached_forward"])
 def test_forward_cases_lower(case, devices):
     fn, args = aot_cases.CASES[case](devices("v6e"))
     assert "flash_forward_fixed_max" in jax.jit(fn).lower(*args).as_text()
@@ -65,6 +65,7 @@ def test_tile_flops_hold_on_every_generation(chip):
     assert 4 * area(full.fixed_max) == flops["flash_full_forward"] == flops["flash_block_causal_forward"]
     assert 10 * area(full.backward) == flops["flash_full_backward"] == flops["flash_block_causal_backward"]
     assert 4 * area(cached.fixed_max) == flops["cached_forward"]
+    assert 6 * area(cached.backward) == flops["cached_backward"]
 
 
 def test_tiles_fit_the_shape():

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import strategies as st
+from jax.extend.core import jaxprs_in_params
 
 from kernels_pallas.cached_attention import cached_attention
 from kernels_pallas.context import Context, valid_slots
@@ -86,18 +87,23 @@ def test_equals_float64(form, head_dim, n, chunk, kind, segments):
 
 
 def test_cached_equals_float64():
-    """Valid slots are data: one compilation, several fillings, and the gradient of what is the chunk's own."""
+    """Valid slots are data: one compilation, several fillings; gradients of the chunk's own, none of the context."""
     n, slots = 150, 600
     q, k, v, g = (normal(i, 1, n, 1, 64) for i in range(4))
     keys, values = normal(4, 1, slots, 1, 64), normal(5, 1, slots, 1, 64)
 
     @jax.jit
     def run(q, k, v, g, keys, values, valid):
-        context = Context(keys, values, valid)
-        attend = lambda *x: cached_attention(
-            *x, context, generation="v6e", tiles=tiles("columns"), interpret=True
+        attend = lambda q, k, v, keys, values: cached_attention(
+            q,
+            k,
+            v,
+            Context(keys, values, valid),
+            generation="v6e",
+            tiles=tiles("columns"),
+            interpret=True,
         )
-        out, vjp = jax.vjp(attend, q, k, v)
+        out, vjp = jax.vjp(attend, q, k, v, keys, values)
         return out, *vjp(g)
 
     for intervals in ([], [(0, 70), (550, 600), (200, 300)], [(0, 600)]):
@@ -106,7 +112,8 @@ def test_cached_equals_float64():
             hidden[start:stop] = False
         # What is not valid may be anything finite.
         wild = [jnp.where(hidden[:, None, None], jnp.asarray(1e4, BF16), x) for x in (keys, values)]
-        out, dq, dk, dv = run(q, k, v, g, *wild, valid_slots(*intervals))
+        out, dq, dk, dv, *of_context = run(q, k, v, g, *wild, valid_slots(*intervals))
+        assert not any(np.asarray(x, np.float32).any() for x in of_context)
         both = [jnp.concatenate([old, new], axis=1) for old, new in ((keys, k), (values, v))]
         seen = np.concatenate([np.repeat(~hidden[None], n, 0), np.ones((n, n), bool)], axis=1)[None]
         exact = numpy_reference.attention(q, *both, seen, g)
@@ -115,6 +122,79 @@ def test_cached_equals_float64():
             (out, dq, dk, dv), exact, numpy_reference.bound(q, *both, exact), strict=True
         ):
             assert np.abs(np.asarray(x, np.float64) - want).max() <= limit
+
+
+def test_context_with_mask_and_lengths():
+    """All at once, in segments of queries, where dq of the context and of the chunk nearly cancel.
+
+    Keys share a large component, which no softmax sees; the context's values have one sign and the chunk's the other.
+    Rounded to bfloat16 before they are added, the two parts of dq would be wrong by more than the bound.
+    """
+    n, slots, lengths = 150, 130, jnp.array([90, 150])
+    mask, valid = Mask.block_causal(n, 60), [(0, 40), (60, 120)]
+    q, k, v, g = (normal(i, 2, n, 1, 64) for i in range(4))
+    keys, values = normal(4, 2, slots, 1, 64), normal(5, 2, slots, 1, 64)
+    k, keys, v, values, g = k + 4, keys + 4, v - 2, values + 2, g + 1
+
+    @jax.jit
+    def run(q, k, v, g, keys, values, lengths):
+        attend = functools.partial(
+            flash_attention,
+            mask=mask,
+            generation="v6e",
+            context=Context(keys, values, valid_slots(*valid)),
+            key_lengths=lengths,
+            tiles=tiles("rows", 1),
+            interpret=True,
+        )
+        out, vjp = jax.vjp(attend, q, k, v)
+        return out, *vjp(g)
+
+    got = run(q, k, v, g, keys, values, lengths)
+    filled = np.zeros((2, n, slots), bool)
+    for start, stop in valid:
+        filled[:, :, start:stop] = True
+    own = mask.dense() & (np.arange(n) < np.asarray(lengths)[:, None, None])
+    both = [jnp.concatenate([old, new], axis=1) for old, new in ((keys, k), (values, v))]
+    exact = numpy_reference.attention(q, *both, np.concatenate([filled, own], axis=2), g)
+    exact = (*exact[:2], *(x[:, slots:] for x in exact[2:]))
+    limits = numpy_reference.bound(q, *both, exact)
+    for name, x, want, limit in zip(("out", "dq", "dk", "dv"), got, exact, limits, strict=True):
+        error = np.abs(np.asarray(x, np.float64) - want).max()
+        assert error <= limit, f"{name}: error {error:.3g} above the bound {limit:.3g}"
+
+
+def _equations(jaxpr):
+    for equation in jaxpr.eqns:
+        yield equation
+        for inner in jaxprs_in_params(equation.params):
+            yield from _equations(inner)
+
+
+@pytest.mark.parametrize("form", ["rows", "columns"])
+def test_context_takes_three_products_of_five(form):
+    """Of the traced kernels the one that reads the slots has dq's products and one output, the other all five."""
+    n, slots = 300, 600
+    own, old = (jax.ShapeDtypeStruct((1, m, 1, 128), BF16) for m in (n, slots))
+
+    def gradients(q, k, v, g, keys, values):
+        context = Context(keys, values, valid_slots((0, 70)))
+        attend = functools.partial(
+            cached_attention, context=context, generation="v6e", tiles=tiles(form), interpret=True
+        )
+        return jax.vjp(attend, q, k, v)[1](g)
+
+    found = {}
+    for equation in _equations(jax.make_jaxpr(gradients)(own, own, own, own, old, old).jaxpr):
+        if equation.primitive.name == "pallas_call" and "backward" in (name := str(equation.params["name"])):
+            products = sum(e.primitive.name == "dot_general" for e in _equations(equation.params["jaxpr"]))
+            reads = any(x.aval.shape[1:2] == (slots,) for x in equation.invars)
+            found[name] = products, reads, len(equation.outvars)
+    # Unmasked and masked variant of the tile, two chunks each.
+    assert found == {
+        f"flash_backward_{form}": (4 * 5, False, 3),
+        f"flash_backward_dq_{form}": (4 * 3, True, 1),
+    }
 
 
 def hostile():
