@@ -11,18 +11,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from lingbot_jax.training.checkpoints import Checkpoints
 from tensorboardX.record_writer import GCSRecordWriter
 
 from lingbot_jax.config import ConfigError
 from lingbot_jax.data.config import DataConfig
-from lingbot_jax.models.config import DiTConfig
+from lingbot_jax.models import params
+from lingbot_jax.models.config import DiTConfig, LinearCodecConfig
 from lingbot_jax.training import owner
-from lingbot_jax.training.config import CheckpointConfig, TrainConfig
+from lingbot_jax.training.config import TrainConfig
 from lingbot_jax.training.metrics import MetricsWriter, read_metrics
 from lingbot_jax.training.run_dir import init_run_dir, load_config
 from lingbot_jax.worlds import storage
+from lingbot_jax.worlds.checkpoints import Checkpoints
 from lingbot_jax.worlds.config import WorldConfig
+from lingbot_jax.worlds.open import find, write_codec
+from lingbot_jax.worlds.world import template
 
 pytest.importorskip("gcsfs")
 pytest.importorskip("gcp_storage_emulator")
@@ -65,7 +68,15 @@ def bucket():
 def config(run: str) -> TrainConfig:
     world = WorldConfig(networks={"world": DiTConfig(dim=32, heads=2, layers=1, ffn=48)})
     data = DataConfig(path="gs://bucket/data")
-    return TrainConfig(run=run, stage="world", steps=4, codec="codec", world=world, data=data)
+    return TrainConfig(run=run, stage="world", steps=4, codec="gs://bucket/codec", world=world, data=data)
+
+
+@pytest.fixture
+def codec(bucket):
+    """One that lies alone: a run keeps a copy of its own, in the store as well."""
+    config = LinearCodecConfig(channels=2, strides=(1, 2, 2))
+    arrays = {"basis": jnp.ones((12, 2)), "mean": jnp.zeros(12), "scale": jnp.ones(())}
+    write_codec(f"{bucket}/codec", params.with_arrays(template(config), arrays))
 
 
 def state(step: int):
@@ -79,7 +90,7 @@ def train(run: str, steps: range) -> int:
     """Where it started."""
     with (
         init_run_dir(config(run)) as made,
-        Checkpoints(run, CheckpointConfig(every=1, keep=2)) as checkpoints,
+        Checkpoints(run, keep=2) as checkpoints,
     ):
         found = checkpoints.restore(TEMPLATE)
         start = 0 if found is None else int(found["step"])
@@ -92,21 +103,22 @@ def train(run: str, steps: range) -> int:
     return start
 
 
-def test_a_run_is_saved_resumed_and_opened(bucket, tmp_path, monkeypatch):
+def test_a_run_is_saved_resumed_and_opened(bucket, codec, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     run = f"{bucket}/runs/one"
     assert train(run, range(1, 4)) == 0
     assert train(run, range(4, 5)) == 3
     assert load_config(run).run == run
-    found = Checkpoints(run, CheckpointConfig(), read_only=True).restore({"params": TEMPLATE["params"]})
+    found = Checkpoints(run, read_only=True).restore(TEMPLATE)
     np.testing.assert_array_equal(found["params"]["world"]["kernel"], state(4)["params"]["world"]["kernel"])
     assert [line["step"] for line in read_metrics(run)] == [1, 2, 3, 4]
     names = {path.name for path in storage.located(run).iterdir()}
     assert "owner.json" not in names and names >= {"config.json", "checkpoints", "metrics.jsonl"}
-    assert {path.name for path in tmp_path.iterdir()} == {"codec"} or not os.listdir(tmp_path)
+    assert find(run).codec == storage.located(run) / "codec"
+    assert not os.listdir(tmp_path)
 
 
-def test_a_flipped_bit_is_seen_there_too(bucket, caplog):
+def test_a_flipped_bit_is_seen_there_too(bucket, codec, caplog):
     run = f"{bucket}/runs/two"
     train(run, range(1, 4))
     chunk = storage.located(run) / "checkpoints" / "3" / "arrays" / "params.world.kernel" / "0.0"
