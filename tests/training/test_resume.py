@@ -144,7 +144,7 @@ def test_another_configuration_is_refused_in_the_same_directory(whole):
     with pytest.raises(ConfigError, match=r"^config.seed [^\n]*choose another run directory[^\n]*$"):
         micro.train(dataclasses.replace(whole, seed=7))
     shifted = dataclasses.replace(whole.curriculum[0], shift=9.0)
-    with pytest.raises(ConfigError, match="^config.curriculum"):
+    with pytest.raises(ConfigError, match="^config.flow.shift at step 0: "):
         micro.train(dataclasses.replace(whole, curriculum=(shifted, *whole.curriculum[1:])))
     assert run_dir.load_config(whole.run).seed == whole.seed
 
