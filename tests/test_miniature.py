@@ -35,10 +35,9 @@ def test_the_bundle_is_evaluated_and_the_run_becomes_a_bundle(measured):
         "from experiments.configs.schema import EvaluateConfig\n"
         "from lingbot_jax.config import template\n"
         "def get_config():\n"
-        f"    data = {{'path': {str(folder / 'data')!r}, 'frames': {miniature.FRAMES}, 'batch': 2}}\n"
+        f"    data = {{'path': {str(folder / 'data')!r}, 'frames': {miniature.FRAMES}}}\n"
         f"    fields = {{'run': {str(made.bundle)!r}, 'out': {str(folder / 'evaluation')!r}, 'data': data}}\n"
-        "    sample = {'steps': 2, 'guidance': {'low': 1.0, 'high': 1.0}}\n"
-        "    return template(EvaluateConfig, fields | {'clips': 2, 'batch': 2, 'shown': 1, 'sample': sample})\n"
+        "    return template(EvaluateConfig, fields | {'clips': 2, 'batch': 2, 'shown': 1, 'steps': 2})\n"
     )
     miniature.run(["experiments.evaluate", f"--config={evaluate}"], 1, made.cache)
     numbers = json.loads((folder / "evaluation" / "evaluation.json").read_text())
