@@ -85,7 +85,8 @@ def train(config: TrainConfig, evaluate: Evaluate | None = None, profile: str = 
                         phase.close()
                     phase = _Phase.enter(config, index, step, meshes[index], data[index], objective)
                     report.enter(phase.config)
-                    state = jax.device_put(state, jax.tree.map(lambda leaf: leaf.sharding, places[index]))
+                    places_now = jax.tree.map(lambda leaf: leaf.sharding, places[index])
+                    state = jax.device_put(state, places_now, donate=True)  # never held twice
 
                 with trace.step(step):
                     clock = report.clock(step, state)
