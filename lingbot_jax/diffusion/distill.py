@@ -40,6 +40,7 @@ from lingbot_jax.diffusion.flow import (
 from lingbot_jax.diffusion.guidance import Scale, guide
 
 C = TypeVar("C")
+F = TypeVar("F")
 Latents = Float[Array, "b t h w c"]
 Level = Float[Array, "b #t"]  # noise levels (sigma) of latent frames, in [0, 1]
 Mask = Float[Array, "b t"]  # 1 where a latent frame counts
@@ -176,29 +177,37 @@ def dmd_loss(
 
 
 def critic_loss(velocity: Latents, x: Latents, noise: Latents, mask: Mask | None = None) -> Float[Array, ""]:
-    """The critic's flow matching loss on student samples: mean |v - (noise - x)|^2. No gradient enters x.
+    """The critic's flow matching loss on student samples: mean |v - (noise - x)|^2.
 
     Args:
       velocity: the critic's, at add_noise(x, noise, sigma), conditional and without guidance.
+      x: samples without a gradient: they are the student's, which this loss does not train.
     """
-    return _mean(jnp.square(velocity - jax.lax.stop_gradient(velocity_target(x, noise))), mask)
+    return _mean(jnp.square(velocity - velocity_target(x, noise)), mask)
 
 
 def adversarial_loss(fake_logits: Float[Array, "b"]) -> Float[Array, ""]:
-    """The student's adversarial loss (Eq. 5, see above): mean f(-D(x))."""
+    """The student's adversarial loss (Eq. 5, see above): mean f(-D(x)).
+
+    Args:
+      fake_logits: of the critic's features of the student's noised samples, with the gradient left in: it reaches the
+        samples through the critic, whose parameters, like the head's, another loss trains.
+    """
     return jax.nn.softplus(-fake_logits).mean()
 
 
 def discriminator_loss(
-    real_logits: Float[Array, "b"], fake_logits: Float[Array, "b"]
+    head: Callable[[F], Float[Array, "b"]], real: F, fake: F
 ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
     """The discriminator's loss (Eq. 6, see above): mean f(-D(real)) + mean f(D(x)); 2 log 2 is chance.
 
-    The logits are of a head over *stopped* features (`Discriminator`): the loss reaches the head alone.
+    Args:
+      head: features -> logits (`models.discriminator`). real, fake: the critic's features of recorded and of
+        generated videos, noised to the same level. No gradient enters them: the loss reaches the head alone.
 
     Returns:
-      the loss, and the shares of real and generated samples that are told rightly.
+      the loss, and the shares of recorded and of generated videos that the head takes for what they are.
     """
+    real_logits, fake_logits = (head(jax.lax.stop_gradient(features)) for features in (real, fake))
     loss = jax.nn.softplus(-real_logits).mean() + jax.nn.softplus(fake_logits).mean()
-    shares = {"real_told": (real_logits > 0).mean(), "fake_told": (fake_logits < 0).mean()}
-    return loss, shares
+    return loss, {"real_told": (real_logits > 0).mean(), "fake_told": (fake_logits < 0).mean()}
