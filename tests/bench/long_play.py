@@ -42,7 +42,9 @@ def play(frames: int) -> str:
             arrays, resident = sum(x.nbytes for x in jax.live_arrays()), process.memory_info().rss
             compiled.clear()
         if len(seconds) % 50 == 10:
-            session.set_prompt(f"a hall with light {len(seconds)}", chunks=2, rebuild_cache=len(seconds) % 100 == 10)
+            session.set_prompt(
+                f"a hall with light {len(seconds)}", chunks=2, rebuild_cache=len(seconds) % 100 == 10
+            )
         keys = rng.random(len(keyboard.KEYS)) < 0.3
         start = time.process_time()  # of all threads: what others do on this machine is not in it
         shown += len(session.step(keys))
