@@ -207,7 +207,9 @@ def plan(config: GenerateConfig, world: WorldConfig) -> Plan:
         path = from_keys(config.keys, keys_do, intrinsics)
     pad = config.keys is not None
     frames, given = clip_length(len(path), config.frames, stride, chunk, pad=pad), len(path)
-    path, script = path.fitted(frames), events.parse(config.events)
+    # Keys stand still to the end of a chunk; recorded poses are stretched over whole chunks, as published.
+    used = frames if pad or config.frames else (given - 1) // stride * stride + 1
+    path, script = path.fitted(used).stretched(frames), events.parse(config.events)
     for i, event in enumerate(script, 1):
         inside = event.second * config.fps < frames
         require(
