@@ -68,14 +68,18 @@ class SessionConfig:
         require(
             len(names) == 1, "world.networks", names, "chunks need a world of one network; use --mode=base"
         )
-        causal = given.pop("causal", world.causal)
-        if causal is None:
-            shift = 5.0 if world.sample is None else world.sample.shift
-            causal = CausalConfig(shift=shift)
-            _log.warning(
-                "this world was not post-trained to generate chunks: expect it to drift (docs/generation.md)"
-            )
+        causal = given.pop("causal", None) or causal_config(world)
         return cls(causal=causal, **{"keyboard": world.keyboard} | given)
+
+
+def causal_config(world: WorldConfig) -> CausalConfig:
+    """How a world generates chunks; one that was not made for it, as the published fast model does."""
+    if world.causal is not None:
+        return world.causal
+    _log.warning(
+        "this world was not post-trained to generate chunks: expect it to drift (docs/generation.md)"
+    )
+    return CausalConfig(shift=5.0 if world.sample is None else world.sample.shift)
 
 
 @dataclasses.dataclass(frozen=True)
