@@ -8,6 +8,8 @@ import pytest
 
 from tests import golden
 
+pytestmark = pytest.mark.long
+
 SHARED = pathlib.Path(__file__).resolve().parents[2] / "shared"
 FOLDERS = [SHARED / "golden", SHARED / "golden_v2"]
 CASES = [(folder, name) for folder in FOLDERS for name in golden.case_names(folder)]

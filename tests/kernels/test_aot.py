@@ -10,6 +10,8 @@ import pytest
 from kernels_pallas import aot_cases, shapes, tiles
 from tests.bench.static_cycles import TOPOLOGIES
 
+pytestmark = pytest.mark.long
+
 no_libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="no libtpu")
 CHIPS = list(TOPOLOGIES)
 

@@ -20,6 +20,8 @@ from lingbot_jax.rollout.session import Session, SessionConfig
 from lingbot_jax.worlds.config import CausalConfig, KeyboardConfig, PoseConfig, SampleConfig
 from tests.rollout.worlds import TINY, TINY_WORLD, codec, network, text, world
 
+pytestmark = pytest.mark.long
+
 CAUSAL = TINY_WORLD.causal
 IMAGE = np.random.default_rng(0).integers(0, 256, (16, 32, 3), np.uint8)
 WALK = np.eye(8, dtype=bool)[keyboard.KEYS.index("W")]
