@@ -1,18 +1,22 @@
 """What holds for all tests. Must run before the modules are imported.
 
 The shape and dtype annotations of networks, control, diffusion, sharding and rollouts are checked: a wrong shape fails
-at the call, with the names of its axes. Programs run once or a few times on toy sizes here, so XLA is told not to
-optimise them: the time goes into compiling. Modules marked `long` start first, so that no core waits for them at the
-end.
+at the call, with the names of its axes. Compiled programs are shared by everything that the suite starts (`xla`).
+Modules marked `long` start first, so that no core waits for them at the end.
 """
 
 import os
-
-from jaxtyping import install_import_hook
+import tempfile
 
 from tests import xla
 
-os.environ.setdefault("XLA_FLAGS", xla.flags())
+SHARED = "LINGBOT_JAX_TESTS_CACHE"  # made by the first process, which removes it when it ends
+if SHARED not in os.environ:
+    made = tempfile.TemporaryDirectory(prefix="lingbot_jax-compiled-")
+    os.environ[SHARED] = made.name
+os.environ |= xla.environment(os.environ[SHARED]) | {k: v for k, v in os.environ.items() if k == "XLA_FLAGS"}
+
+from jaxtyping import install_import_hook  # noqa: E402 - JAX reads its environment when it is imported
 
 CHECKED = ("models", "control", "diffusion", "parallel", "rollout")
 

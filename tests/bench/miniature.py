@@ -45,12 +45,7 @@ def mesh_of(devices: int) -> MeshConfig:
 
 
 def environment(devices: int, cache: pathlib.Path) -> dict[str, str]:
-    options = {
-        "XLA_FLAGS": xla.flags(devices),
-        "JAX_PLATFORMS": "cpu",
-        "JAX_COMPILATION_CACHE_DIR": str(cache),
-    }
-    return os.environ | options | {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+    return os.environ | xla.environment(cache, devices)
 
 
 def run(command: list[str], devices: int, cache: pathlib.Path) -> str:
