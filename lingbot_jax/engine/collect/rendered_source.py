@@ -13,7 +13,7 @@ from functools import lru_cache
 import cv2
 import numpy as np
 import panda3d.core as p3
-from jaxtyping import Float, Int, UInt8
+from jaxtyping import Float, UInt8
 
 from lingbot_jax.data.schema import Clip, Event
 from lingbot_jax.engine.collect import places, weather
@@ -109,7 +109,7 @@ class Renderer:
 
 
 class _Quads:
-    """Coloured quads as one node, with positions and colours in arrays of their own: either is written without the other."""
+    """Coloured quads as one node; positions and colours are arrays of their own, each written without the other."""
 
     def __init__(self, parent: p3.NodePath, corners: Float[np.ndarray, "v 3"]):
         count = len(corners)
@@ -298,7 +298,7 @@ def look_around(
       The keys, and the pitch of n + 1 frames in degrees.
     """
     count, most = len(keys), int(PITCH_LIMIT / degrees + 1e-9)
-    steps: Int[np.ndarray, n] = np.zeros(count, int)
+    steps = np.zeros(count, int)
     begin = 0 if closed else int(rng.integers(-most // 3, most // 3 + 1))
     at, level = int(rng.integers(0, 8)), begin
     span = (count - 1) // 2 if closed else count
