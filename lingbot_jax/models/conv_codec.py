@@ -32,7 +32,6 @@ _RIDGE = 1e-4  # of the mean variance of a feature
 _RESIDUAL = (
     0.05  # of pixels in [-1, 1]: the size of what the linear decoder leaves over, for the networks to add
 )
-_ADDED = 0.1  # share of it that they add before they are trained
 _SAME = ((1, 1), (1, 1))
 Latents = Float[Array, "b t h w c"]
 Video = Float[Array, "b f h w 3"]
@@ -127,7 +126,7 @@ def fit_conv(batches: Batches, config: ConvCodecConfig, key: jax.Array) -> ConvC
     linear = fit_linear(batches(), LinearCodecConfig(channels=config.channels, strides=config.strides))
     fresh = ConvCodec(config, key)
     arrays = params.arrays_of(fresh) | {"basis": linear.basis[...], "mean": linear.mean[...]}
-    arrays["outputs.kernel"] = _ADDED * arrays["outputs.kernel"]
+    arrays["outputs.kernel"] = jnp.zeros_like(arrays["outputs.kernel"])
     codec = params.with_arrays(fresh, arrays)
 
     moments = jax.jit(lambda video: _moments(codec, video))

@@ -33,7 +33,7 @@ def train_codec(
     """
     trained = params.arrays_of(codec)
     fixed = {name: trained.pop(name) for name in LINEAR}
-    schedule = optax.warmup_cosine_decay_schedule(0.0, rate, min(_WARMUP, steps), steps)
+    schedule = optax.warmup_cosine_decay_schedule(0.0, rate, min(_WARMUP, steps // 4), steps)
     optimizer = optax.contrib.muon(
         schedule,
         adam_learning_rate=lambda count: _ADAM_SHARE * schedule(count),

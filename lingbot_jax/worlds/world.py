@@ -15,6 +15,7 @@ from lingbot_jax.models import params
 from lingbot_jax.models.attention import Attend
 from lingbot_jax.models.codec import Codec, LinearCodec
 from lingbot_jax.models.config import (
+    CodecConfig,
     ConvCodecConfig,
     DiTConfig,
     LinearCodecConfig,
