@@ -22,10 +22,11 @@ from lingbot_jax.convert import names_dit, names_text, names_vae
 from lingbot_jax.convert.contents import Contents, Part, Read
 from lingbot_jax.convert.folders import FOLDERS, TEXT_FILE, TOKENIZER_FILES, VAE_FILE
 from lingbot_jax.convert.names import Entry, layers_of, part_names
+from lingbot_jax.convert.pictures import Starts
 from lingbot_jax.files import is_remote, whole_folder
 from lingbot_jax.models.config import DiTConfig, NgramConfig, UMT5Config, VAEConfig
-from lingbot_jax.worlds import storage
-from lingbot_jax.worlds.open import TOKENIZER, params_folder, write_bundle_config
+from lingbot_jax.worlds import manifest, storage
+from lingbot_jax.worlds.open import BUNDLE, TOKENIZER, bundle_text, params_folder, write_bundle_config
 from lingbot_jax.worlds.world import CODEC
 
 StoredDtype = Literal["keep", "bfloat16", "float32"]
@@ -77,11 +78,12 @@ def to_bundle(
     out: epath.PathLike,
     dtype: StoredDtype = "bfloat16",
     progress: Progress = lambda name, done: None,
+    starts: Starts = Starts(),  # noqa: B008 - frozen
 ) -> None:
     """Writes a bundle.
 
     Args:
-      dtype: of the stored transformers and text encoder.
+      dtype: of the stored transformers and text encoder. starts: pictures that play can start from.
 
     Raises:
       ConfigError: tensors do not fit, or one is not finite; or `out` exists, or the disk is too small. Nothing is left
@@ -99,8 +101,11 @@ def to_bundle(
                 writer.write(path, layer, value)
                 progress(part.name, value.nbytes)
             writer.close()
+        described = {BUNDLE: bundle_text(contents.config).encode()}
         if contents.tokenizer is not None:
-            (folder / TOKENIZER).write_bytes(contents.tokenizer.read_bytes())
+            described[TOKENIZER] = contents.tokenizer.read_bytes()
+            (folder / TOKENIZER).write_bytes(described[TOKENIZER])
+        manifest.write(folder, described, starts.fps, starts.pictures)
         write_bundle_config(folder, contents.config)  # last: it makes the folder a bundle
 
 
