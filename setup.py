@@ -28,7 +28,14 @@ DATA = [
     "opencv-python-headless>=4.13",
     "vizdoom>=1.3.2,<1.4",  # engine licence: non-commercial, see README
 ]
-SERVE = ["av>=18"]
+SERVE = [
+    "av>=18",
+    "opencv-python-headless>=4.13",
+    "prometheus-client>=0.26",
+    "starlette>=1.1,<2",
+    "uvicorn>=0.54,<1",
+    "websockets>=17,<18",
+]
 EVAL = ["matplotlib>=3.10"]
 CONVERT = ["torch>=2.13", "diffusers>=0.38", "transformers>=5"]
 TEXT = ["ftfy>=6.3", "tokenizers>=0.22"]
@@ -50,6 +57,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["lingbot_jax*", "kernels_pallas*", "experiments*"]),
+    package_data={"lingbot_jax.serve": ["web/*"]},
     install_requires=CORE + TEXT,
     extras_require={
         "tpu": ["jax[tpu]>=0.10.2,<0.13"],  # the libtpu that this JAX was made for

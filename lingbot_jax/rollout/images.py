@@ -2,6 +2,7 @@
 
 import math
 import pathlib
+from typing import BinaryIO
 
 import cv2
 import numpy as np
@@ -23,19 +24,34 @@ def read_image(path: str | pathlib.Path, field: str = "image") -> UInt8[np.ndarr
     path = pathlib.Path(path)
     if not path.is_file():
         raise ConfigError(f"{field} = {str(path)!r}: no such file")
+    return decode_image(path, f"{field} = {str(path)!r}")
+
+
+def decode_image(
+    file: pathlib.Path | BinaryIO, where: str, max_pixels: int = MAX_PIXELS
+) -> UInt8[np.ndarray, "h w 3"]:
+    """The pixels of an image file that nobody vouches for.
+
+    Args:
+      where: what errors begin with.
+
+    Raises:
+      ConfigError: not an image, damaged, or more than `max_pixels`: told by its header, before anything is unpacked.
+    """
     try:
-        with Image.open(path) as image:  # reads the header only: the size is known before anything is decoded
+        with Image.open(file) as image:
             width, height = image.size
-            if width * height > MAX_PIXELS:
+            if width * height > max_pixels:
                 raise ConfigError(
-                    f"{field} = {str(path)!r}: {width}x{height} is more than {MAX_PIXELS // 10**6} megapixels; "
-                    "make it smaller"
+                    f"{where}: {width}x{height} is more than {max_pixels / 1e6:.3g} megapixels; make it smaller"
                 )
             return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
     except (UnidentifiedImageError, Image.DecompressionBombError):
-        raise ConfigError(f"{field} = {str(path)!r}: not an image (PNG, JPEG, WebP... expected)") from None
+        raise ConfigError(f"{where}: not an image (PNG, JPEG, WebP... expected)") from None
+    except ConfigError:
+        raise
     except (OSError, SyntaxError, ValueError) as error:  # what Pillow raises for damaged files
-        raise ConfigError(f"{field} = {str(path)!r}: a damaged image ({error})") from None
+        raise ConfigError(f"{where}: a damaged image ({error})") from None
 
 
 def fit(height: int, width: int, area: int, multiple: int) -> tuple[int, int]:
