@@ -1,8 +1,8 @@
 """The first frame of a world: reading an image file, and fitting it to a video size as published."""
 
+import io
 import math
 import pathlib
-from typing import BinaryIO
 
 import cv2
 import numpy as np
@@ -28,7 +28,7 @@ def read_image(path: str | pathlib.Path, field: str = "image") -> UInt8[np.ndarr
 
 
 def decode_image(
-    file: pathlib.Path | BinaryIO, where: str, max_pixels: int = MAX_PIXELS
+    file: pathlib.Path | io.BytesIO, where: str, max_pixels: int = MAX_PIXELS
 ) -> UInt8[np.ndarray, "h w 3"]:
     """The pixels of an image file that nobody vouches for.
 

@@ -54,7 +54,7 @@ def run(config: ServeConfig) -> None:
         print(json.dumps(check(game)))
         return
     print(f"opening {config.run} ...", file=sys.stderr, flush=True)
-    asyncio.run(serve(game, functools.partial(_say, game)))
+    asyncio.run(serve(game, functools.partial(say, game)))
 
 
 async def serve(game: Game, on_ready: Callable[[int, Server], None]) -> None:
@@ -118,7 +118,8 @@ def _listen(config: ServeConfig) -> socket.socket:
     return made
 
 
-def _say(game: Game, port: int, _: Server) -> None:
+def say(game: Game, port: int, _: Server) -> None:
+    """Prints where the page is."""
     config = game.config
     host = "127.0.0.1" if config.host in ("0.0.0.0", "::") else config.host
     token = f"#token={config.token}" if config.token else ""
