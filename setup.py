@@ -36,6 +36,7 @@ SERVE = [
     "uvicorn>=0.54,<1",
     "websockets>=17,<18",
 ]
+BROWSER = ["playwright>=1.65"]  # with Chromium of the system
 EVAL = ["matplotlib>=3.10"]
 CONVERT = ["torch>=2.13", "diffusers>=0.38", "transformers>=5"]
 TEXT = ["ftfy>=6.3", "tokenizers>=0.22"]
@@ -63,6 +64,7 @@ setup(
         "tpu": ["jax[tpu]>=0.10.2,<0.13"],  # the libtpu that this JAX was made for
         "data": DATA,
         "serve": SERVE,
+        "browser": BROWSER,
         "eval": EVAL,
         "gcs": GCS,
         "convert": CONVERT,

@@ -23,6 +23,7 @@ from rich.progress import (
 from experiments import common
 from lingbot_jax.control.plucker import CONTROL_CHANNELS
 from lingbot_jax.convert import contents, pictures, report, write
+from lingbot_jax.worlds.manifest import Starts
 
 _SOURCE = flags.DEFINE_string(
     "source",
@@ -65,7 +66,7 @@ def main() -> None:
     found.check()
     if _PICTURES.value is not None and not to_bundle:
         raise common.UserError(f"--pictures={_PICTURES.value}: published folders have no place for them")
-    starts = pictures.choose(_PICTURES.value, found) if to_bundle else pictures.Starts()
+    starts = pictures.choose(_PICTURES.value, found) if to_bundle else Starts()
     if starts.pictures:
         print(f"pictures: {len(starts.pictures)} to start from")
     if _INSPECT.value:

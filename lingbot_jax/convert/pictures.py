@@ -1,7 +1,7 @@
 """Pictures to start from, for a bundle: first frames of held-out clips of a run's data, or image files."""
 
-import dataclasses
 import pathlib
+from typing import TYPE_CHECKING
 
 import numpy as np
 from jaxtyping import UInt8
@@ -9,28 +9,17 @@ from jaxtyping import UInt8
 from lingbot_jax import files
 from lingbot_jax.config import ConfigError, build, require
 from lingbot_jax.convert.contents import Contents
-from lingbot_jax.data.crops import resize_crops
-from lingbot_jax.data.records import ErrorBudget, Records, find_shards
-from lingbot_jax.data.schema import Clip, ClipError, decode
-from lingbot_jax.rollout.images import read_image
 from lingbot_jax.training.config import TrainConfig
 from lingbot_jax.worlds import manifest
 from lingbot_jax.worlds.config import pixels_per_token
-from lingbot_jax.worlds.manifest import MAX_PICTURES
+from lingbot_jax.worlds.manifest import MAX_PICTURES, Intrinsics, Starts
 from lingbot_jax.worlds.open import RUN
+
+if TYPE_CHECKING:
+    from lingbot_jax.data.schema import Clip
 
 LOOKED_AT = 8  # clips per picture that is wanted: the most colourful are taken
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
-
-Intrinsics = tuple[float, float, float, float]
-
-
-@dataclasses.dataclass(frozen=True)
-class Starts:
-    """What play can start from. `pictures`: image, prompt and intrinsics of each. fps: of the training data."""
-
-    pictures: tuple[tuple[UInt8[np.ndarray, "h w 3"], str, Intrinsics | None], ...] = ()
-    fps: float | None = None
 
 
 def choose(pictures: str | None, contents: Contents) -> Starts:
@@ -69,6 +58,9 @@ def _run_config(contents: Contents) -> TrainConfig:
 
 
 def _of_run(count: int, contents: Contents) -> Starts:
+    from lingbot_jax.data.records import ErrorBudget, Records, find_shards  # needs an extra
+    from lingbot_jax.data.schema import ClipError, decode
+
     run = _run_config(contents)
     records = Records(find_shards(run.data.path, "held_out"), ErrorBudget(run.data.max_bad_records))
     clips = []
@@ -89,26 +81,18 @@ def _of_run(count: int, contents: Contents) -> Starts:
     return Starts(tuple(_start(clip, run) for clip in clips[:count]), float(clips[0].fps) if clips else None)
 
 
-def _start(clip: Clip, run: TrainConfig) -> tuple[UInt8[np.ndarray, "h w 3"], str, Intrinsics]:
+def _start(clip: "Clip", run: TrainConfig) -> tuple[UInt8[np.ndarray, "h w 3"], str, Intrinsics]:
+    from lingbot_jax.rollout.images import cover  # needs an extra
+
     size = clip.frames.shape[1:3] if run.size == (0, 0) else run.size
     image, rows = cover(clip.frames[0], size, clip.intrinsics)
     return image, getattr(clip.captions, run.world.caption), tuple(float(v) for v in rows[0])
 
 
-def cover(
-    image: UInt8[np.ndarray, "h w 3"], size: tuple[int, int], intrinsics: np.ndarray | None = None
-) -> tuple[UInt8[np.ndarray, "H W 3"], np.ndarray | None]:
-    """The image scaled until it covers `size` (height, width) and cut to it about the centre; intrinsics follow."""
-    stored = image.shape[:2]
-    if stored == tuple(size):
-        return image, intrinsics
-    rays = np.zeros((1, 4), np.float32) if intrinsics is None else np.asarray(intrinsics)
-    made = resize_crops({"frames": image[None, None], "intrinsics": rays[None]}, tuple(size))
-    return made["frames"][0, 0], None if intrinsics is None else made["intrinsics"][0]
-
-
 def _of_folder(folder: pathlib.Path, contents: Contents) -> Starts:
     """Image files in the order of their names; the prompt is in NAME.txt beside each, or is its name."""
+    from lingbot_jax.rollout.images import cover, read_image  # needs an extra
+
     if not folder.is_dir():
         raise ConfigError(f"pictures = {str(folder)!r}: neither a number nor a folder")
     found = sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES)

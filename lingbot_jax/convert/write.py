@@ -22,10 +22,10 @@ from lingbot_jax.convert import names_dit, names_text, names_vae
 from lingbot_jax.convert.contents import Contents, Part, Read
 from lingbot_jax.convert.folders import FOLDERS, TEXT_FILE, TOKENIZER_FILES, VAE_FILE
 from lingbot_jax.convert.names import Entry, layers_of, part_names
-from lingbot_jax.convert.pictures import Starts
 from lingbot_jax.files import is_remote, whole_folder
 from lingbot_jax.models.config import DiTConfig, NgramConfig, UMT5Config, VAEConfig
 from lingbot_jax.worlds import manifest, storage
+from lingbot_jax.worlds.manifest import Starts
 from lingbot_jax.worlds.open import BUNDLE, TOKENIZER, bundle_text, params_folder, write_bundle_config
 from lingbot_jax.worlds.world import CODEC
 
@@ -105,7 +105,7 @@ def to_bundle(
         if contents.tokenizer is not None:
             described[TOKENIZER] = contents.tokenizer.read_bytes()
             (folder / TOKENIZER).write_bytes(described[TOKENIZER])
-        manifest.write(folder, described, starts.fps, starts.pictures)
+        manifest.write(folder, described, starts)
         write_bundle_config(folder, contents.config)  # last: it makes the folder a bundle
 
 

@@ -6,10 +6,11 @@ import pathlib
 
 import cv2
 import numpy as np
-from jaxtyping import Float, UInt8
+from jaxtyping import Float, Shaped, UInt8
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from lingbot_jax.config import ConfigError, require
+from lingbot_jax.control import poses
 
 MAX_PIXELS = 64_000_000  # of an input image: far above any use, far below what would exhaust memory
 PRESETS = {"480p": 480 * 832, "720p": 720 * 1280}  # area in pixels; the orientation follows the image
@@ -80,6 +81,25 @@ def video_size(height: int, width: int, size: str, multiple: int) -> tuple[int, 
         return fitted
     require(size in PRESETS, "size", size, f"must be image, {', '.join(PRESETS)}")
     return fit(height, width, PRESETS[size], multiple)
+
+
+def cover(
+    image: UInt8[np.ndarray, "h w 3"],
+    size: tuple[int, int],
+    intrinsics: Shaped[np.ndarray, "f 4"] | None = None,
+) -> tuple[UInt8[np.ndarray, "H W 3"], Shaped[np.ndarray, "f 4"] | None]:
+    """The image scaled until it covers `size` (height, width) and cut to it about the centre; intrinsics follow."""
+    stored = image.shape[:2]
+    if stored == tuple(size):
+        return image, intrinsics
+    scale = max(wanted / have for wanted, have in zip(size, stored, strict=True))
+    height, width = (max(round(have * scale), wanted) for wanted, have in zip(size, stored, strict=True))
+    top, left = (height - size[0]) // 2, (width - size[1]) // 2
+    method = cv2.INTER_AREA if scale < 1 else cv2.INTER_CUBIC
+    scaled = cv2.resize(image, (width, height), interpolation=method)
+    if intrinsics is not None:
+        intrinsics = poses.transform_intrinsics(intrinsics, (height, width), base=stored) - [0, 0, left, top]
+    return scaled[top : top + size[0], left : left + size[1]], intrinsics
 
 
 def resize(image: UInt8[np.ndarray, "h w 3"], height: int, width: int) -> Float[np.ndarray, "H W 3"]:

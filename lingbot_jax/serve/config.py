@@ -42,8 +42,9 @@ class ServeConfig:
         description="buttons of the page, each `name: text that joins the prompt`",
     )
     format: Literal["jpeg", "webp"] = Field("jpeg", description="of the frames")
-    quality: Annotated[int, Field(ge=1, le=100)] = Field(
-        92, description="of the frames; webp at 100 is without loss"
+    quality: Annotated[int, Field(ge=1, le=100)] | None = Field(
+        None,
+        description="of the frames; webp at 100 is without loss; None: 97 for small frames, 88 for large",
     )
     dtype: Literal["float32", "bfloat16"] | None = Field(
         None, description="of the parameters; None: float32 on a CPU, elsewhere as they are stored"

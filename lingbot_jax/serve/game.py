@@ -13,18 +13,21 @@ from PIL import Image
 
 from lingbot_jax.config import require
 from lingbot_jax.control import keyboard
-from lingbot_jax.convert.pictures import Intrinsics, cover
-from lingbot_jax.rollout.images import decode_image, read_image
+from lingbot_jax.rollout.images import cover, decode_image, read_image
 from lingbot_jax.rollout.session import Session, SessionConfig, Snapshot
 from lingbot_jax.serve.config import ServeConfig
 from lingbot_jax.serve.messages import Frame, Refused
 from lingbot_jax.worlds import manifest
 from lingbot_jax.worlds.config import pixels_per_token
+from lingbot_jax.worlds.manifest import Intrinsics
 from lingbot_jax.worlds.open import find, open_world
 from lingbot_jax.worlds.world import World
 
 DEFAULT_FPS = 16.0
 MAX_PIXELS = 4096 * 4096  # of a frame
+SMALL = (
+    320 * 240
+)  # pixels of a frame that is shown much larger than it is, so that every trace of JPEG would be seen
 Held = Callable[[], tuple[int, int]]  # the bit mask of the keys, and the seq of the message that said so
 
 
@@ -125,7 +128,8 @@ class Game:
 
     def encoded(self, frames: UInt8[np.ndarray, "f H W 3"]) -> list[bytes]:
         """The frames as picture files. Colour is kept at full resolution: small worlds are shown large."""
-        quality = self.config.quality
+        small = self.size[0] * self.size[1] <= SMALL
+        quality = self.config.quality or (97 if small else 88)
         if self.config.format == "webp":
             kind, options = ".webp", [cv2.IMWRITE_WEBP_QUALITY, 101 if quality == 100 else quality]
         else:

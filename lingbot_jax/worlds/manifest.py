@@ -7,10 +7,11 @@ Arrays have digests and a seal of their own (`worlds.storage`); the manifest hol
 changed byte, and a part of another bundle, is found wherever it lies. It is optional: a codec alone has none.
 """
 
+import dataclasses
 import hashlib
 import io
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Annotated
 
 import numpy as np
@@ -29,6 +30,17 @@ MAX_PICTURES = 100
 Relative = Annotated[
     str, Field(pattern=r"^\w[\w.-]*(/\w[\w.-]*){0,3}$", max_length=200)
 ]  # no way out of the folder
+
+
+Intrinsics = tuple[float, float, float, float]
+
+
+@dataclasses.dataclass(frozen=True)
+class Starts:
+    """What play can start from. `pictures`: image, prompt and intrinsics of each. fps: of the training data."""
+
+    pictures: tuple[tuple[UInt8[np.ndarray, "h w 3"], str, Intrinsics | None], ...] = ()
+    fps: float | None = None
 
 
 @config
@@ -64,17 +76,15 @@ class Manifest:
 def write(
     folder: epath.Path,
     described: Mapping[str, bytes],
-    fps: float | None = None,
-    pictures: Iterable[tuple[UInt8[np.ndarray, "h w 3"], str, tuple[float, ...] | None]] = (),
+    starts: Starts = Starts(),  # noqa: B008 - frozen
 ) -> None:
     """Adds pictures and manifest to a bundle that has its arrays already.
 
     Args:
       described: other files that the manifest vouches for, by path: with the content that they will have.
-      pictures: image, prompt and intrinsics of each.
     """
     listed, hashed = [], {path: hashlib.sha256(content).hexdigest() for path, content in described.items()}
-    for number, (image, prompt, intrinsics) in enumerate(pictures):
+    for number, (image, prompt, intrinsics) in enumerate(starts.pictures):
         (folder / PICTURES).mkdir(exist_ok=True)
         name, content = f"{PICTURES}/{number:02d}.png", io.BytesIO()
         Image.fromarray(image).save(content, "PNG", optimize=True)
@@ -83,7 +93,7 @@ def write(
         listed.append({"file": name, "prompt": prompt, "intrinsics": intrinsics and list(intrinsics)})
     for seal in sorted((folder / "params").glob(f"*/{SEAL}")):
         hashed[f"params/{seal.parent.name}/{SEAL}"] = hashlib.sha256(seal.read_bytes()).hexdigest()
-    values = {"files": hashed, "fps": fps, "pictures": listed}
+    values = {"files": hashed, "fps": starts.fps, "pictures": listed}
     build(Manifest, values, MANIFEST)
     (folder / MANIFEST).write_text(json.dumps(values, indent=1) + "\n")
 

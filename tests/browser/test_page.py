@@ -77,10 +77,7 @@ def test_holding_w_walks_and_nothing_is_wrong_on_the_console(page, world):
     assert np.abs(look(page).astype(int) - start).mean() > 3
     page.keyboard.up("w")
     until(lambda: shown(page)["keys"] == 0, "W to be released")
-    picture(
-        page,
-        f"walk-{'shipped' if world is not None and world._command[2] == 'experiments.serve' else 'courtyard'}",
-    )
+    picture(page, f"walk-{world.name}")
     assert errors == []
 
 

@@ -10,6 +10,7 @@ from PIL import Image
 from lingbot_jax.config import ConfigError
 from lingbot_jax.convert import contents, pictures, write
 from lingbot_jax.data import records, schema
+from lingbot_jax.rollout.images import cover
 from lingbot_jax.worlds import manifest
 from lingbot_jax.worlds.open import find
 from tests.data.clips import make_clip
@@ -74,6 +75,6 @@ def test_clips_of_a_run_one_of_each_place_first(found, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(dataclasses.asdict(run)))
     source = dataclasses.replace(found, kind="run", path=str(tmp_path), config=TINY_WORLD)
     starts = pictures.choose("3", source)
-    expected = [pictures.cover(shown[i].frames[0], (16, 32))[0] for i in (0, 2, 3)]
+    expected = [cover(shown[i].frames[0], (16, 32))[0] for i in (0, 2, 3)]
     np.testing.assert_array_equal([p[0] for p in starts.pictures], expected)
     assert starts.fps == 16.0 and starts.pictures[0][2] == pytest.approx((2.0, 2.4, 2.0, 1.5))

@@ -18,7 +18,8 @@ IMAGE = np.random.default_rng(0).integers(0, 256, (16, 32, 3), np.uint8)
 def bundle(tmp_path):
     folder = epath.Path(write_bundle(tmp_path / "bundle", world()))
     described = {BUNDLE: bundle_text(TINY_WORLD).encode()}
-    manifest.write(folder, described, 16.0, [(IMAGE, "a hall", (16.0, 16.0, 16.0, 8.0)), (IMAGE, "", None)])
+    shown = ((IMAGE, "a hall", (16.0, 16.0, 16.0, 8.0)), (IMAGE, "", None))
+    manifest.write(folder, described, manifest.Starts(shown, 16.0))
     return folder
 
 
