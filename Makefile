@@ -40,7 +40,7 @@ $(MADE).test.stamp: setup.py | $(MADE).demo.stamp
 
 $(MADE).peers.stamp: setup.py | $(MADE).test.stamp
 	$(PIP) torch==2.13.0
-	$(PIP) -e ".[convert]"
+	$(PIP) -e ".[convert,browser]"
 	touch $@
 
 venv: $(MADE).test.stamp

@@ -38,8 +38,15 @@ class ServeConfig:
     picture: Path | None = Field(None, description="an image file to start from, where the bundle has none")
     prompt: Text = Field("a place to walk through", description="of pictures that bring none")
     events: tuple[Annotated[str, Field(max_length=200)], ...] = Field(
-        ("night: it is night", "fog: there is thick fog", "snow: it is snowing"),
-        description="buttons of the page, each `name: text that joins the prompt`",
+        (
+            "sun: It is sunny.",
+            "dusk: It is dusk.",
+            "night: It is night.",
+            "fog: It is foggy.",
+            "snow: It is snowy.",
+        ),
+        description="buttons of the page, `name: text` each, of which at most one is on: its text joins the prompt in "
+        "place of the others'",
     )
     format: Literal["jpeg", "webp"] = Field("jpeg", description="of the frames")
     quality: Annotated[int, Field(ge=1, le=100)] | None = Field(

@@ -237,22 +237,22 @@ class Connection:
                 case messages.Start(picture=chosen, prompt=prompt, seed=seed):
                     await run(play.start, self._beginning(chosen), prompt, seed)
                     self._outbox.clear()
-                    say("started", prompt=play.prompt, seed=seed)
+                    say("started", prompt=play.prompt, events=play.events, seed=seed)
                 case messages.Prompt(text=text):
                     self._need(play)
                     await run(play.set_prompt, text)
-                    say("prompted", prompt=play.prompt, events=sorted(play.events), chunk=play.chunk)
+                    say("prompted", prompt=play.prompt, events=play.events, chunk=play.chunk)
                 case messages.Event(name=name, on=on):
                     self._need(play)
-                    await run(play.set_prompt, None, (name, on))
-                    say("prompted", prompt=play.prompt, events=sorted(play.events), chunk=play.chunk)
+                    await run(play.set_event, name, on)
+                    say("prompted", prompt=play.prompt, events=play.events, chunk=play.chunk)
                 case messages.Keep():
                     self._need(play)
                     say("kept", moment=await run(play.keep), number=play.number)
                 case messages.Restore(moment=moment):
                     await run(play.restore, moment)
                     self._outbox.clear()
-                    say("restored", moment=moment, prompt=play.prompt, events=sorted(play.events))
+                    say("restored", moment=moment, prompt=play.prompt, events=play.events)
                 case messages.Forget(moment=moment):
                     await run(play.forget, moment)
                     say("forgotten", moment=moment)

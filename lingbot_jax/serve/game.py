@@ -153,16 +153,16 @@ class Play:
     """One world that is being played. All of it runs in the device's thread; nothing of it is shared with others.
 
     Attributes:
-      running: a world has begun. prompt: the lasting one. events: names of those that are on. number: of the next
-        frame.
+      running: a world has begun. prompt: the lasting one. event: the name of the one that is on, if one is. number: of
+        the next frame.
     """
 
     def __init__(self, game: Game, world: World):
         self._game, self._session = game, Session(world, **vars(game.session))
         self._texts = game.config.event_texts()
-        self._moments: dict[int, tuple[Snapshot, str, frozenset[str], int]] = {}
+        self._moments: dict[int, tuple[Snapshot, str, str | None, int]] = {}
         self._kept, self.number = 0, 0
-        self.running, self.prompt, self.events = False, "", frozenset[str]()
+        self.running, self.prompt, self.event = False, "", None
 
     @property
     def chunk(self) -> int:
@@ -170,27 +170,42 @@ class Play:
         return self._session.host.chunk
 
     @property
-    def full_prompt(self) -> str:
-        """What the world is told: the prompt and the texts of the events that are on."""
-        return " ".join([self.prompt, *(text for name, text in self._texts.items() if name in self.events)])
+    def events(self) -> list[str]:
+        """Names of events as the prompt has them: of the one that is on, or of those in the prompt itself."""
+        return (
+            [self.event]
+            if self.event
+            else [name for name, text in self._texts.items() if text in self.prompt]
+        )
+
+    def told(self) -> str:
+        """What the world is told: the prompt, in which the text of the event stands in place of all others'."""
+        if self.event is None:
+            return self.prompt
+        bare = self.prompt
+        for text in self._texts.values():
+            bare = bare.replace(text, "")
+        return " ".join(f"{bare} {self._texts[self.event]}".split())
 
     def start(self, beginning: Beginning, prompt: str | None, seed: int) -> None:
         """Begins anew; moments that were kept stay."""
-        self.prompt, self.events = self._checked(prompt or beginning.prompt), frozenset()
+        self.prompt, self.event = self._checked(prompt or beginning.prompt), None
         rays = None if beginning.intrinsics is None else np.float64(beginning.intrinsics)
         self._session.start(beginning.image, self.prompt, seed=seed, intrinsics=rays)
         self.running, self.number = True, 0
 
-    def set_prompt(self, prompt: str | None = None, event: tuple[str, bool] | None = None) -> None:
-        """Another prompt, or an event on or off. Raises Refused."""
-        if prompt is not None:
-            self.prompt = self._checked(prompt)
-        if event is not None:
-            name, on = event
-            if name not in self._texts:
-                raise Refused(f"event: no {name!r} here; there are {', '.join(self._texts) or 'none'}")
-            self.events = self.events | {name} if on else self.events - {name}
-        self._session.set_prompt(self.full_prompt)
+    def set_prompt(self, prompt: str) -> None:
+        """Another prompt; no event is on. Raises Refused."""
+        self.prompt, self.event = self._checked(prompt), None
+        self._session.set_prompt(self.prompt)
+
+    def set_event(self, name: str, on: bool) -> None:
+        """An event in place of the one before, or back to the prompt. Raises Refused."""
+        if name not in self._texts:
+            raise Refused(f"event: no {name!r} here; there are {', '.join(self._texts) or 'none'}")
+        if on or self.event == name:
+            self.event = name if on else None
+            self._session.set_prompt(self.told())
 
     def _checked(self, prompt: str) -> str:
         limit = self._game.config.max_prompt
@@ -204,14 +219,14 @@ class Play:
         if len(self._moments) >= limit:
             raise Refused(f"keep: {limit} moments are kept; forget one first")
         self._kept += 1
-        self._moments[self._kept] = (self._session.snapshot(), self.prompt, self.events, self.number)
+        self._moments[self._kept] = (self._session.snapshot(), self.prompt, self.event, self.number)
         return self._kept
 
     def restore(self, moment: int) -> None:
         """Goes on from a moment, which stays. Raises Refused: there is none of that number."""
         if moment not in self._moments:
             raise Refused(f"restore: no moment {moment}")
-        snapshot, self.prompt, self.events, self.number = self._moments[moment]
+        snapshot, self.prompt, self.event, self.number = self._moments[moment]
         self._session.restore(snapshot)
         self.running = True
 

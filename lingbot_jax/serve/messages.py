@@ -55,7 +55,7 @@ class Prompt(Message):
 
 
 class Event(Message):
-    """Turns an event of the bundle on or off."""
+    """Turns an event on, in place of the one before, or off."""
 
     type: Literal["event"]
     name: Annotated[str, Field(max_length=24)]

@@ -97,7 +97,7 @@ def test_an_event_is_acknowledged_and_seen(page, world):
     until(lambda: night.get_attribute("aria-pressed") == "true", "the server to have heard")
     until(lambda: look(page).mean() < 0.75 * day, "night")
     picture(page, "night")
-    page.keyboard.press("1")
+    page.keyboard.press("3")
     until(lambda: night.get_attribute("aria-pressed") == "false", "the server to have heard")
     until(lambda: look(page).mean() > 0.85 * day, "day")
 
@@ -111,7 +111,7 @@ def test_a_prompt_is_told_by_keyboard_alone(page, courtyard):
     until(lambda: "wasd in the snow" in page.locator("#toasts").inner_text(), "the words to be seen")
     assert shown(page)["keys"] == 0 and page.evaluate("document.activeElement.id") == "stage"
     reached = set()
-    for _ in range(24):
+    for _ in range(28):
         page.keyboard.press("Tab")
         reached.add(page.evaluate("document.activeElement.id || document.activeElement.textContent"))
     assert {
@@ -127,7 +127,7 @@ def test_a_prompt_is_told_by_keyboard_alone(page, courtyard):
         "help",
         "prompt",
     } <= reached
-    assert {"Tell", "night", "fog", "snow"} <= reached
+    assert {"Tell", "sun", "dusk", "night", "fog", "snow"} <= reached
 
 
 def test_the_mouse_and_a_gamepad_look_and_walk(page, courtyard):

@@ -106,7 +106,7 @@ def test_prompts_events_and_moments(courtyard):
             for wrong, why in (
                 (
                     {"kind": "event", "name": "rain", "on": True},
-                    "event: no 'rain' here; there are night, fog, snow",
+                    "event: no 'rain' here; there are sun, dusk, night, fog, snow",
                 ),
                 ({"kind": "restore", "moment": 9}, "restore: no moment 9"),
                 ({"kind": "prompt", "text": " "}, "prompt: 1 characters; 1 to 400, not only white space"),
@@ -118,6 +118,18 @@ def test_prompts_events_and_moments(courtyard):
 
     with Running(courtyard(max_snapshots=1)) as server:
         asyncio.run(play(server))
+
+
+def test_an_event_stands_in_place_of_what_the_prompt_says(courtyard):
+    play = games.Play(courtyard(), None)
+    play.start(play._game.beginnings[0], "A yard. It is sunny. Birds.", 0)
+    assert play.events == ["sun"] and play.told() == "A yard. It is sunny. Birds."
+    play.set_event("night", True)
+    assert play.events == ["night"] and play.told() == "A yard. Birds. It is night."
+    play.set_event("snow", False)  # was not on
+    assert play.events == ["night"]
+    play.set_event("night", False)
+    assert play.events == ["sun"] and play._session.host.prompt == "A yard. It is sunny. Birds."
 
 
 def test_a_tap_between_two_chunks_counts(courtyard):

@@ -28,6 +28,7 @@ let game = null; // what the server plays
 let choice = { picture: 0, prompt: null }; // where this world began
 let uploaded = null; // bytes of the player's own picture
 let seq = 0;
+let down = 0; // keys that the server was told of
 let paused = false;
 let expected = null; // {chunk, text}: what was told and is not yet seen
 const captures = new Map(); // number of a frame -> moment to be pictured
@@ -79,9 +80,9 @@ const heard = {
     else begin();
   },
   uploaded: () => begin({ picture: "upload", prompt: null }),
-  started({ prompt }) {
+  started({ prompt, events: on }) {
     newWorld();
-    told(prompt, []);
+    told(prompt, on);
     chooser.mark(choice.picture);
     sendKeys();
     if (paused) setPaused(false);
@@ -200,7 +201,8 @@ function sendKeys() {
 
 input.addEventListener("change", ({ detail: { mask, at } }) => {
   seq = (seq + 1) >>> 0;
-  if (link.open && player.shown.length && !paused) latency.press(seq, at);
+  if (mask & ~down && link.open && player.shown.length && !paused) latency.press(seq, at);
+  down = mask;
   caps.forEach((cap) => cap.classList.toggle("down", Boolean(mask & bit(cap.dataset.key))));
   sendKeys();
 });

@@ -4,7 +4,7 @@ export const $ = (id) => document.getElementById(id);
 
 /** An icon of icons.svg; one that it lacks gets the star. */
 export function icon(name) {
-  const known = ["night", "fog", "snow"].includes(name) ? name : "event";
+  const known = ["sun", "dusk", "night", "fog", "snow"].includes(name) ? name : "event";
   const svg = document.createElementNS("http://www.w3.org/2000/svg", "svg");
   const use = document.createElementNS("http://www.w3.org/2000/svg", "use");
   use.setAttribute("href", `/web/icons.svg#${known}`);
@@ -163,7 +163,7 @@ export class Latency {
   shown(seq, now) {
     for (const [mine, at] of this.pressed) {
       if (mine > seq) continue;
-      if (mine === seq || !this.pressed.has(seq)) this.measured.push(now - at);
+      this.measured.push(now - at);
       this.pressed.delete(mine);
     }
   }
