@@ -56,11 +56,11 @@ demo-short: $(MADE).demo.stamp
 	$(RUN) -m experiments.quickstart $(SHORT_DEMO)
 
 test: $(MADE).test.stamp
-	$(RUN) -m pytest -n 2 --dist loadfile -m "not parity and not browser" $(ARGS)
+	$(RUN) -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not parity and not browser" $(ARGS)
 
 # Networks, kernels, goldens and one job of two processes: for the other end of the Pythons and JAX versions.
 test-short: $(MADE).test.stamp
-	$(RUN) -m pytest -n 2 --dist loadfile -m "not parity and not browser" $(SHORT) $(ARGS)
+	$(RUN) -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not parity and not browser" $(SHORT) $(ARGS)
 
 # In Debian's Chromium (or another one on the PATH). Screenshots: runs/browser.
 test-browser: $(MADE).browser.stamp

@@ -22,7 +22,7 @@ from rich.progress import (
 
 from experiments import common
 from lingbot_jax.control.plucker import CONTROL_CHANNELS
-from lingbot_jax.convert import contents, pictures, report, write
+from lingbot_jax.convert import contents, pictures, presets, report, write
 from lingbot_jax.worlds.manifest import Starts
 
 _SOURCE = flags.DEFINE_string(
@@ -47,6 +47,18 @@ _PICTURES = flags.DEFINE_string(
     "pictures to start from: how many first frames of held-out clips of the run's data, or a folder of images "
     "(NAME.txt beside each: its prompt); default: those of the source",
 )
+_ASSETS = flags.DEFINE_string(
+    "assets", None, "folder with the codec, text encoder and tokenizer that a checkpoint folder lacks"
+)
+_HEADS = flags.DEFINE_integer(
+    "heads", None, "attention heads of a transformer without config.json; default: heads of 128", 1, 65536
+)
+_PRESET = flags.DEFINE_enum(
+    "preset",
+    None,
+    list(presets.PRESETS),
+    "how a checkpoint folder's world is sampled; default: by its layout",
+)
 _INSPECT = flags.DEFINE_bool("inspect", False, "check everything, say what there is, write nothing")
 flags.DEFINE_alias("dry_run", "inspect")
 
@@ -58,7 +70,8 @@ def main() -> None:
     for flag in (_SOURCE, _OUT):
         if flag.value is None and not (flag is _OUT and _INSPECT.value):
             raise common.UserError(f"--{flag.name} is missing")
-    found = contents.look(_SOURCE.value, _CONTROL.value)
+    hints = {"control": _CONTROL, "assets": _ASSETS, "heads": _HEADS, "preset": _PRESET}
+    found = contents.look(_SOURCE.value, **{name: flag.value for name, flag in hints.items()})
     to_bundle = _TO.value == "bundle"
     dtype = _DTYPE.value or ("bfloat16" if to_bundle or "run" in found.kind else "keep")
     for line in report.describe(found, dtype):

@@ -8,13 +8,16 @@ One compilation serves any length of play.
 
 import dataclasses
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from lingbot_jax.config import require
+from lingbot_jax.diffusion import guidance, solvers
 from lingbot_jax.diffusion.flow import add_noise, x0_from_velocity
+from lingbot_jax.diffusion.schedule import FewSteps
 from lingbot_jax.models.attention import KV, Attend
 from lingbot_jax.models.config import DiTConfig
 from lingbot_jax.models.dit import Condition, WorldDiT
@@ -64,19 +67,42 @@ def denoise_chunk(
     config: CausalConfig,
     attend: Attend = Attend(),  # noqa: B008 - frozen
 ) -> tuple[Latents, KV]:
-    """All steps of the next chunk, then its cache-update pass: clean latents, and their keys and values."""
-    few = config.few_steps()
-    steps, batch, t = noise.shape[:3]
-    require(
-        steps == len(few.sigmas), "noise", noise.shape, f"needs {len(few.sigmas)} draws on its first axis"
-    )
+    """All steps of the next chunk, then its cache-update pass: clean latents, and their keys and values.
+
+    With guidance, condition and cache have the conditional samples, then as many unconditional ones.
+    """
+    t = noise.shape[2]
+    have, need = noise.shape[0], config.draws
+    require(have == need, "noise", noise.shape, f"needs {need} draws on its first axis")
     prepared = model.precompute(condition)
     attend = attend_cached(model, cache, attend)
     positions = cache.positions(t)
+    branches = 2 if config.guided else 1
 
-    def predict(x: Latents, timestep, **kwargs):
-        level = jnp.full((batch, t), timestep, jnp.float32)
-        return model(x, level, prepared, attend=attend, positions=positions, **kwargs)
+    def run(x: Latents, timestep, **kwargs):
+        both = jnp.concatenate([x] * branches)
+        level = jnp.full((len(both), t), timestep, jnp.float32)
+        return model(both, level, prepared, attend=attend, positions=positions, **kwargs)
+
+    def predict(x: Latents, timestep) -> Latents:
+        if not config.guided:
+            return run(x, timestep)
+        cond, uncond = jnp.split(run(x, timestep), 2)
+        return guidance.combine(cond, uncond, config.sample.guidance.low)
+
+    if config.sample is None:
+        x0 = _few_steps(predict, noise, config.few_steps())
+    else:
+        table = solvers.make(config.sample.solver, config.sample.steps, config.sample.shift)
+        x0 = solvers.run(table, solvers.start(noise[0]), predict).x
+    _, kv = run(x0, config.context_noise, return_kv=True)
+    return x0, kv
+
+
+def _few_steps(
+    predict: Callable[[Latents, Float[Array, ""]], Latents], noise: Float[Array, "s b t h w c"], few: FewSteps
+) -> Latents:
+    """Predict x0, re-noise it to the next level, and so on."""
 
     def step(x: Latents, row) -> tuple[Latents, None]:
         timestep, sigma, next_sigma, next_noise = row
@@ -87,9 +113,7 @@ def denoise_chunk(
     f32 = functools.partial(jnp.asarray, dtype=jnp.float32)
     next_sigmas = jnp.append(f32(few.renoise[1:]), 0.0)
     rows = (f32(few.timesteps), f32(few.sigmas), next_sigmas, jnp.roll(noise, -1, axis=0))
-    x0, _ = jax.lax.scan(step, noise[0], rows)
-    _, kv = predict(x0, config.context_noise, return_kv=True)
-    return x0, kv
+    return jax.lax.scan(step, noise[0], rows)[0]
 
 
 def generate_chunk(
