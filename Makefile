@@ -62,11 +62,12 @@ test: $(MADE).test.stamp
 test-short: $(MADE).test.stamp
 	$(RUN) -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not parity and not browser" $(SHORT) $(ARGS)
 
-# In Debian's Chromium (or another one on the PATH). Screenshots: runs/browser.
+# In Debian's Chromium (or another one on the PATH); nginx reads its example. Screenshots: runs/browser.
 test-browser: $(MADE).browser.stamp
-	@command -v chromium chromium-browser google-chrome >/dev/null || { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null \
-	  && apt-get -qq update && DEBIAN_FRONTEND=noninteractive apt-get -qq install --no-install-recommends chromium >/dev/null; } \
-	  || { echo "test-browser needs Chromium: apt-get install chromium" >&2; exit 1; }
+	@{ command -v chromium chromium-browser google-chrome && PATH="$$PATH:/usr/sbin" command -v nginx; } >/dev/null \
+	  || { [ "$$(id -u)" = 0 ] && apt-get -qq update \
+	    && DEBIAN_FRONTEND=noninteractive apt-get -qq install --no-install-recommends chromium nginx-light >/dev/null; } \
+	  || { echo "test-browser needs Chromium and nginx: apt-get install chromium nginx-light" >&2; exit 1; }
 	$(RUN) -m pytest -m browser tests/browser $(ARGS)
 
 lint: $(MADE).test.stamp

@@ -36,7 +36,7 @@ SERVE = [
     "uvicorn>=0.54,<1",
     "websockets>=17,<18",
 ]
-BROWSER = ["playwright>=1.65"]  # with Chromium of the system
+BROWSER = ["kubernetes-validate>=1.37", "playwright>=1.65"]  # with Chromium and nginx of the system
 EVAL = ["matplotlib>=3.10"]
 CONVERT = ["torch>=2.13", "diffusers>=0.38", "transformers>=5"]
 TEXT = ["ftfy>=6.3", "tokenizers>=0.22"]

@@ -254,6 +254,11 @@ class Play:
             self.number = (self.number + 1) % 2**32
         return frames, made
 
+    def arrays(self) -> Any:
+        """A copy of what a session holds on the device."""
+        snapshot = self._session.snapshot()
+        return snapshot.device, snapshot.stream
+
     def close(self) -> None:
         """Frees the memory of the device."""
         self._session.close()

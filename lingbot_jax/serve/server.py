@@ -10,6 +10,7 @@ import time
 from collections.abc import Awaitable, Callable
 from types import FrameType
 
+import jax
 import uvicorn
 
 from lingbot_jax.config import ConfigError
@@ -49,6 +50,8 @@ def run(config: ServeConfig) -> None:
     Raises:
       ConfigError: nothing to play, or an address that is taken.
     """
+    # Small programs too: there are many, and together they are most of the time of a start.
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     game = Game.of(config)
     if config.check:
         print(json.dumps(check(game)))
@@ -138,10 +141,12 @@ def check(game: Game) -> dict[str, object]:
         game.encoded(play.advance(held_still)[0])
         seconds.append(time.monotonic() - start)
     chunk = statistics.median(seconds[2:])
+    held = sum(array.nbytes for array in jax.tree.leaves(play.arrays()))
     return {
         "name": game.name,
         "seconds_to_open": round(warmed, 2),
         "chunk_ms": round(1000 * chunk, 1),
         "frames_per_second": round(game.chunk_frames / chunk, 1),
         "sessions_at_pace": int(game.chunk_frames / game.fps / chunk),
+        "session_mebibytes": round(held / 2**20, 2),
     }
