@@ -64,7 +64,8 @@ test-short: $(MADE).test.stamp
 
 # In Debian's Chromium (or another one on the PATH); nginx reads its example. Screenshots: runs/browser.
 test-browser: $(MADE).browser.stamp
-	@{ command -v chromium chromium-browser google-chrome && PATH="$$PATH:/usr/sbin" command -v nginx; } >/dev/null \
+	@{ { command -v chromium || command -v chromium-browser || command -v google-chrome; } \
+	    && PATH="$$PATH:/usr/sbin" command -v nginx; } >/dev/null \
 	  || { [ "$$(id -u)" = 0 ] && apt-get -qq update \
 	    && DEBIAN_FRONTEND=noninteractive apt-get -qq install --no-install-recommends chromium nginx-light >/dev/null; } \
 	  || { echo "test-browser needs Chromium and nginx: apt-get install chromium nginx-light" >&2; exit 1; }
