@@ -60,9 +60,9 @@ def test_a_bundle_is_played(tmp_path):
         async with server.connect() as socket:
             client = Client(socket)
             await client.begin(picture=1, seed=5)
-            first = (await client.watch(1))[0]
+            await client.watch(9)
             seq = await client.keys(W | L)
-            frames = await client.watch(80)
+            frames = await client.watch(72)
             under = [f for f in frames if f.seq == seq]
             assert {f.keys for f in under} == {W | L} and under[0].place == 0
             assert [f.number for f in client.frames] == list(range(81))
@@ -70,7 +70,9 @@ def test_a_bundle_is_played(tmp_path):
         session = game.open().session()
         begin = game.beginnings[1]
         session.start(begin.image, "hall 1", seed=5, intrinsics=np.float64(begin.intrinsics))
-        np.testing.assert_array_equal(pixels(first.picture), session.step(np.zeros((0, 8), bool))[0])
+        still = np.concatenate([session.step(np.zeros(8, bool)) for _ in range(3)])
+        came = np.stack([pixels(f.picture) for f in client.frames[:9]])
+        assert np.abs(came - still).max() <= 1 and (came[0] == still[0]).all()
 
     with Running(game) as server:
         asyncio.run(play(server))

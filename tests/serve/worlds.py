@@ -29,7 +29,7 @@ def make_bundle(folder: pathlib.Path, pictures: int = 2) -> pathlib.Path:
     path = write_bundle(folder / "tiny", world(PLAYED))
     rng = np.random.default_rng(0)
     images = [rng.integers(0, 256, (*SIZE, 3), np.uint8) for _ in range(pictures)]
-    shown = tuple((image, f"hall {i}", (16.0, 16.0, 16.0, 8.0)) for i, image in enumerate(images))
+    shown = tuple((image, f"hall {i}", (24.0, 20.0, 15.0, 8.0)) for i, image in enumerate(images))
     manifest.write(epath.Path(path), {BUNDLE: bundle_text(PLAYED).encode()}, manifest.Starts(shown, 16.0))
     return path
 
