@@ -1,13 +1,14 @@
 """The tiny world: trains on a laptop CPU in minutes on real game frames.
 
 One argument names the experiment; `make demo` runs collect, codec, world, action and evaluate in this order,
-under runs/demo:
+under runs/demo. `causal` makes of the action world one that is played chunk after chunk:
 
     python -m experiments.collect   --config=experiments/configs/tiny.py:collect
     python -m experiments.fit_codec --config=experiments/configs/tiny.py:codec
     python -m experiments.train     --config=experiments/configs/tiny.py:world
     python -m experiments.train     --config=experiments/configs/tiny.py:action
     python -m experiments.evaluate  --config=experiments/configs/tiny.py:evaluate
+    python -m experiments.train     --config=experiments/configs/tiny.py:causal
 """
 
 from ml_collections import ConfigDict
@@ -49,6 +50,16 @@ WORLD = {
 }
 
 
+OPTIMIZER = {
+    "algorithm": "muon",
+    "learning_rate": 2e-3,
+    "warmup": 50,
+    "decay": "cosine",
+    "b2": 0.99,
+    "ema": 0.99,
+}
+
+
 def _data() -> dict:
     return {"path": f"{ROOT}/data", "frames": 17, "batch": 16}
 
@@ -64,32 +75,47 @@ def _codec() -> ConfigDict:
     )
 
 
-def _train(stage: str) -> ConfigDict:
-    start = {} if stage == "world" else {"init": f"{ROOT}/world"}
-    return template(
-        TrainConfig,
-        start
-        | {
-            "run": f"{ROOT}/{stage}",
-            "stage": stage,
-            "steps": {"world": 1100, "action": 100}[stage],
-            "codec": f"{ROOT}/codec",
-            "world": WORLD,
-            "data": _data(),
-            "tasks": {"continuation": 0.3, "max_conditioning_frames": 3},
-            # High noise is where the keys decide what is seen. With more channels or less shift the first
-            # components of the latents show through the noise, and the model reads them instead of the keys.
-            "flow": {"shift": 12.0},
-            "optimizer": {
-                "algorithm": "muon",
-                "learning_rate": 2e-3,
-                "warmup": 50,
-                "decay": "cosine",
-                "b2": 0.99,
-                "ema": 0.99,
-            },
-            "checkpoint": {"every": 250},
-        },
+def _train(stage: str, steps: int, **fields: object) -> ConfigDict:
+    run = {
+        "run": f"{ROOT}/{stage}",
+        "stage": stage,
+        "steps": steps,
+        "codec": f"{ROOT}/codec",
+        "world": WORLD,
+        "data": _data(),
+        "tasks": {"continuation": 0.3, "max_conditioning_frames": 3},
+        # High noise is where the keys decide what is seen. With more channels or less shift the first
+        # components of the latents show through the noise, and the model reads them instead of the keys.
+        "flow": {"shift": 12.0},
+        "optimizer": OPTIMIZER,
+        "checkpoint": {"every": 250},
+    }
+    return template(TrainConfig, run | fields)
+
+
+# Chunks of one latent frame, a quarter of a second; the last two seconds and the first frame are seen.
+CAUSAL = {
+    "chunk": 1,
+    "window": 9,
+    "sink": 1,
+    "schedule": "warped",
+    "levels": (1000, 750, 500, 250),
+    "shift": WORLD["sample"]["shift"],
+}
+
+
+CAUSAL_WORLD = {name: part for name, part in WORLD.items() if name != "sample"} | {"causal": CAUSAL}
+
+
+def _causal() -> ConfigDict:
+    return _train(
+        "causal",
+        600,
+        init=f"{ROOT}/action",
+        world=CAUSAL_WORLD,
+        data=_data() | {"frames": 33, "batch": 8},
+        tasks={"continuation": 0.0, "text_dropout": 0.0},
+        optimizer=OPTIMIZER | {"learning_rate": 1e-3, "muon_rate": 0.01},
     )
 
 
@@ -101,8 +127,9 @@ def get_config(experiment: str = "world") -> ConfigDict:
     made = {
         "collect": _collect,
         "codec": _codec,
-        "world": lambda: _train("world"),
-        "action": lambda: _train("action"),
+        "world": lambda: _train("world", 1100),
+        "action": lambda: _train("action", 100, init=f"{ROOT}/world"),
+        "causal": _causal,
         "evaluate": _evaluate,
     }
     if experiment not in made:

@@ -20,9 +20,12 @@ from lingbot_jax.config import (
 )
 from lingbot_jax.data.config import DataConfig
 from lingbot_jax.parallel.mesh import MeshConfig
+from lingbot_jax.training.post_training import ForcingConfig
 from lingbot_jax.worlds.config import EXPERTS, WorldConfig, pixels_per_token
 
-Stage = Literal["world", "action"]
+Stage = Literal["world", "action", "causal"]
+POST_TRAINING = ("causal",)  # stages of one causal network, the student, whose name is `world`
+STUDENT = "world"
 Pixels = Annotated[int, Field(ge=0, le=16384)]
 Shift = Annotated[Positive, Field(le=1000)]
 Rate = Annotated[Positive, Field(le=10)]
@@ -42,6 +45,10 @@ class TaskConfig:
         0.1, description="share of samples whose text is replaced by world.null_text"
     )
     control_dropout: Fraction = Field(0.0, description="share of samples whose camera embedding is zeroed")
+    caption: Literal["clip", "temporal"] = Field(
+        "clip",
+        description="text that a chunk sees: world.caption, or that with what happens in the chunk's own interval",
+    )
 
 
 @config
@@ -118,7 +125,8 @@ class TrainConfig:
 
     run: Path = Field(description="run directory, local or gs://; the same command again resumes it")
     stage: Stage = Field(
-        description="world trains every parameter; action the camera and key adapters (paper 3.3)"
+        description="world trains every parameter; action the camera and key adapters (paper 3.3); causal makes the "
+        "world generate chunk after chunk (3.4.1)"
     )
     steps: PositiveInt = Field(description="updates in all")
     data: DataConfig = Field(description="the clips")
@@ -136,6 +144,7 @@ class TrainConfig:
     seed: Seed = Field(0, description="of initialisation, noise and dropout")
     tasks: TaskConfig = Field(TaskConfig(), description="mixture of tasks")
     flow: FlowConfig = Field(FlowConfig(), description="flow matching")
+    forcing: ForcingConfig = Field(ForcingConfig(), description="of stage causal")
     optimizer: OptimizerConfig = Field(OptimizerConfig(), description="updates")
     checkpoint: CheckpointConfig = Field(CheckpointConfig(), description="saving")
     validation: ValidationConfig = Field(ValidationConfig(), description="measuring while training")
@@ -169,6 +178,7 @@ class TrainConfig:
             require(
                 ok, "size", self.size, f"must be (0, 0), or multiples of {pixels} = spatial_stride x patch"
             )
+        self._check_causal()
         ends = [0, *(phase.end_step for phase in self.curriculum)]
         require(
             ends == sorted(set(ends)), "curriculum", tuple(ends[1:]), "end_step must rise from phase to phase"
@@ -176,6 +186,26 @@ class TrainConfig:
         reaches = len(ends) == 1 or ends[-1] >= self.steps
         require(reaches, "curriculum", tuple(ends[1:]), f"the last end_step must reach steps = {self.steps}")
         self.phases()
+
+    def _check_causal(self) -> None:
+        post = self.stage in POST_TRAINING
+        names = sorted(self.world.networks)
+        require(
+            not post or names in ([], [STUDENT]),
+            "world.networks",
+            names,
+            f"stage {self.stage} has `world` alone",
+        )
+        require(
+            not post or self.world.causal,
+            "world.causal",
+            None,
+            f"stage {self.stage} trains for it: describe it",
+        )
+        ok = post or self.tasks.caption == "clip"
+        require(
+            ok, "tasks.caption", self.tasks.caption, "text by interval needs the chunks of a causal stage"
+        )
 
     def phases(self) -> "tuple[TrainConfig, ...]":
         """The run as each phase of its curriculum sees it: a run of that phase alone.
@@ -214,6 +244,13 @@ class TrainConfig:
         """Whether the run holds both noise experts and trains them in turn."""
         return set(self.world.networks) == set(EXPERTS)
 
+    @property
+    def intervals(self) -> int | None:
+        """Texts that a clip has, one per chunk; None: one text for all of it."""
+        if self.tasks.caption == "clip":
+            return None
+        return self.world.codec.latent_frames(self.data.frames) // self.world.causal.chunk
+
     def check_crops(self) -> None:
         """Refuses crops that do not fit the world's codec or leave nothing to predict. Raises ConfigError."""
         codec = self.world.codec
@@ -227,3 +264,7 @@ class TrainConfig:
                 f"must leave something to predict of {latent} latent frames ({where} = {phase.data.frames})"
             )
             require(most < latent, "config.tasks.max_conditioning_frames", most, fits)
+            if self.stage in POST_TRAINING:
+                chunk = self.world.causal.chunk
+                whole = f"gives {latent} latent frames: must be a multiple of world.causal.chunk = {chunk}"
+                require(latent % chunk == 0, where, phase.data.frames, whole)

@@ -170,7 +170,7 @@ class _Phase:
         """The step's clips as the networks see them, on the mesh; dispatched, not waited for."""
         known = draw_known(self.config.seed, step, self.config.data.batch, self.config.tasks)
         known = known[self.rows.start : self.rows.stop]
-        clips = prepare(self.config.world, self.text, rows, known)
+        clips = prepare(self.config.world, self.text, rows, known, intervals=self.config.intervals)
         clips = multihost.global_array(self.mesh, clips, self.config.data.batch)
         return self.encode_clips(self.codec, self.text, clips)
 

@@ -11,15 +11,16 @@ from jax.sharding import Mesh
 from lingbot_jax.config import ConfigError
 from lingbot_jax.models import params
 from lingbot_jax.models.control import is_adapter
-from lingbot_jax.training.config import TrainConfig
+from lingbot_jax.training.config import POST_TRAINING, STUDENT, TrainConfig
 from lingbot_jax.training.objectives import Objective
 from lingbot_jax.training.objectives.action import ActionObjective
+from lingbot_jax.training.objectives.causal import CausalObjective
 from lingbot_jax.training.objectives.world import WorldObjective
 from lingbot_jax.training.state import TrainState, abstract_state, init_state, random_params
 from lingbot_jax.worlds.open import Source, find
 from lingbot_jax.worlds.world import Arrays, specs, template
 
-OBJECTIVES = {"world": WorldObjective, "action": ActionObjective}
+OBJECTIVES = {"world": WorldObjective, "action": ActionObjective, "causal": CausalObjective}
 
 
 class Origin(NamedTuple):
@@ -82,14 +83,16 @@ def read_origins(config: TrainConfig) -> dict[str, Origin]:
     """The origin of every network of the run, as `init` says; none without it.
 
     `init` is one source, whose networks start those of the same names (a network `world` starts any), or
-    NAME=SOURCE,..., where SOURCE may end in #NETWORK.
+    NAME=SOURCE,..., where SOURCE may end in #NETWORK. The student of a post-training stage starts as the high-noise
+    expert of a source that has two (paper section 3.4.1).
 
     Raises:
       ConfigError: no such source, or one that has not the network.
     """
     if config.init is None:
         return {}
-    names = tuple(config.world.networks)
+    post = config.stage in POST_TRAINING
+    names = (STUDENT,) if post else tuple(config.world.networks)
     entries = [
         re.fullmatch(r"(?:(\w+)=)?(.+?)(?:#(\w+))?", entry.strip()) for entry in config.init.split(",")
     ]
@@ -104,7 +107,9 @@ def read_origins(config: TrainConfig) -> dict[str, Origin]:
         if not have:
             raise ConfigError(f"config.init = {path!r}: has no transformer")
         for ours in (name,) if name else names or have:
-            theirs = chosen or (have[0] if have == ("world",) else ours)
+            theirs = chosen or (
+                have[0] if have == ("world",) else "high" if post and "high" in have else ours
+            )
             if theirs not in have:
                 raise ConfigError(
                     f"config.init = {config.init!r}: {path} has {' and '.join(have)}, not {theirs!r}; another network "

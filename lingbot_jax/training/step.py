@@ -55,11 +55,13 @@ def batch_specs(config: TrainConfig, mesh: Mesh) -> Clips:
     placed = sharding.batch_sharding(mesh)
     make = lambda shape, dtype: jax.ShapeDtypeStruct((config.data.batch, *shape), dtype, sharding=placed)
     text, ngram = world.text, isinstance(world.text, NgramConfig)
-    values = make((text.length, text.dim), jnp.float32) if ngram else make((text.length,), jnp.int32)
+    several = () if config.intervals is None else (config.intervals,)
+    length = (*several, text.length)
+    values = make((*length, text.dim), jnp.float32) if ngram else make(length, jnp.int32)
     return Clips(
         frames=make((frames, *config.size, 3), jnp.uint8),
         camera=Camera(make((t, 4, 4), jnp.float32), make((1, 4), jnp.float32), make((t, 4), jnp.float32)),
-        tokens=TextTokens(values, make((text.length,), jnp.bool)),
+        tokens=TextTokens(values, make(length, jnp.bool)),
         known=make((), jnp.int32),
     )
 
