@@ -3,21 +3,21 @@
 A chunk (all denoising steps, then a cache-update pass whose keys and values go into the cache) is one compiled
 program with the cache donated. What does not depend on the noise level is computed once, before its steps: text
 keys and values, control scale and shift, the conditioning half of the patch embedding, rotation of cached keys.
-One compilation serves any length of play.
+One compilation serves any length of play. `denoise_chunk` is the one function of play, evaluation and distillation.
 """
 
 import dataclasses
-import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from lingbot_jax.config import require
 from lingbot_jax.diffusion.flow import add_noise, x0_from_velocity
 from lingbot_jax.models.attention import KV, Attend
 from lingbot_jax.models.config import DiTConfig
-from lingbot_jax.models.dit import Condition, WorldDiT
+from lingbot_jax.models.dit import Condition, Prepared, WorldDiT
 from lingbot_jax.rollout.cache import CacheLayout, KVCache
 from lingbot_jax.worlds.config import CausalConfig
 
@@ -56,6 +56,19 @@ def attend_cached(model: WorldDiT, cache: KVCache, attend: Attend) -> Attend:
     return dataclasses.replace(attend, context=cache.context(model.config))
 
 
+class Chunk(NamedTuple):
+    """What a chunk became.
+
+    Attributes:
+      latents: clean. noisy: what they were predicted from, at the level of the step that play ends with, or of the
+        exit step. kv: of the cache-update pass.
+    """
+
+    latents: Latents
+    noisy: Latents
+    kv: KV
+
+
 def denoise_chunk(
     model: WorldDiT,
     cache: KVCache,
@@ -63,33 +76,45 @@ def denoise_chunk(
     noise: Float[Array, "s b t h w c"],
     config: CausalConfig,
     attend: Attend = Attend(),  # noqa: B008 - frozen
-) -> tuple[Latents, KV]:
-    """All steps of the next chunk, then its cache-update pass: clean latents, and their keys and values."""
+    exit_step: Int[Array, ""] | None = None,
+) -> Chunk:
+    """The steps of the next chunk, then its cache-update pass.
+
+    In training (paper section 3.4.2) the gradient goes through the last step alone, and into nothing that came before
+    it: neither the steps, nor the cache, nor what is written to it.
+
+    Args:
+      exit_step: the step whose prediction is taken for the clean chunk; None: the last one, as in play.
+    """
     few = config.few_steps()
     steps, batch, t = noise.shape[:3]
     require(
         steps == len(few.sigmas), "noise", noise.shape, f"needs {len(few.sigmas)} draws on its first axis"
     )
-    prepared = model.precompute(condition)
+    trained = (model, model.precompute(condition))
+    fixed = jax.lax.stop_gradient(trained)
     attend = attend_cached(model, cache, attend)
     positions = cache.positions(t)
 
-    def predict(x: Latents, timestep, **kwargs):
+    def predict(network: tuple[WorldDiT, Prepared], x: Latents, timestep: jax.Array | float, **kwargs: bool):
         level = jnp.full((batch, t), timestep, jnp.float32)
-        return model(x, level, prepared, attend=attend, positions=positions, **kwargs)
+        return network[0](x, level, network[1], attend=attend, positions=positions, **kwargs)
 
-    def step(x: Latents, row) -> tuple[Latents, None]:
-        timestep, sigma, next_sigma, next_noise = row
-        x0 = x0_from_velocity(x, predict(x, timestep), sigma)
-        return add_noise(x0, next_noise, next_sigma), None
+    timesteps, sigmas, levels = (
+        jnp.asarray(a, jnp.float32) for a in (few.timesteps, few.sigmas, few.renoise)
+    )
 
-    # The last step re-noises to level 0: its draw has weight zero.
-    f32 = functools.partial(jnp.asarray, dtype=jnp.float32)
-    next_sigmas = jnp.append(f32(few.renoise[1:]), 0.0)
-    rows = (f32(few.timesteps), f32(few.sigmas), next_sigmas, jnp.roll(noise, -1, axis=0))
-    x0, _ = jax.lax.scan(step, noise[0], rows)
-    _, kv = predict(x0, config.context_noise, return_kv=True)
-    return x0, kv
+    def clean(network: tuple[WorldDiT, Prepared], x: Latents, i: jax.Array | int) -> Latents:
+        return x0_from_velocity(x, predict(network, x, timesteps[i]), sigmas[i])
+
+    def step(i: jax.Array, x: Latents) -> Latents:
+        return add_noise(clean(fixed, x, i), noise[i + 1], levels[i + 1])
+
+    last = steps - 1 if exit_step is None else exit_step
+    noisy = jax.lax.fori_loop(0, last, step, noise[0])
+    latents = clean(trained, noisy, last)
+    _, kv = predict(fixed, jax.lax.stop_gradient(latents), config.context_noise, return_kv=True)
+    return Chunk(latents, noisy, kv)
 
 
 def generate_chunk(
@@ -100,6 +125,6 @@ def generate_chunk(
     config: CausalConfig,
     attend: Attend = Attend(),  # noqa: B008 - frozen
 ) -> tuple[Latents, KVCache]:
-    """Generates the next chunk and appends it to the cache: the one function of play, evaluation and distillation."""
-    latents, kv = denoise_chunk(model, cache, condition, noise, config, attend)
-    return latents, cache.write(kv, model.config)
+    """Generates the next chunk and appends it to the cache."""
+    chunk = denoise_chunk(model, cache, condition, noise, config, attend)
+    return chunk.latents, cache.write(chunk.kv, model.config)

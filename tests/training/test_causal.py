@@ -17,6 +17,7 @@ from lingbot_jax.models.text import HashedNgramEncoder
 from lingbot_jax.rollout import causal as rollout
 from lingbot_jax.rollout.cache import KVCache
 from lingbot_jax.training.config import TaskConfig
+from lingbot_jax.training.objectives import Constants
 from lingbot_jax.training.objectives.causal import (
     block_causal_velocity,
     causal_loss,
@@ -224,7 +225,7 @@ def test_loss_reads_the_clips():
     clips = Encoded(jnp.full((*shape, 8), 0.5), text, camera, known)
     config = causal_config(micro.ROOT, "unused", init="unused")
     config = dataclasses.replace(config, forcing=ForcingConfig(weighting="velocity", clean=0.5))
-    null = jnp.zeros((1, *text.shape[1:]))
+    null = Constants(jnp.zeros((1, *text.shape[1:])), None)
     loss, metrics = causal_loss(config, {"world": Stub()}, clips, null, jax.random.key(0), Attend())
     share = float(loss) / 9.0
     assert 0.2 < share < 0.8 and abs(share * 32 - round(share * 32)) < 1e-2, "clean chunks count as zero"

@@ -17,7 +17,7 @@ from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from lingbot_jax.diffusion.flow import add_noise, over, velocity_target
 from lingbot_jax.models.attention import Attend
@@ -25,7 +25,7 @@ from lingbot_jax.models.dit import Condition, WorldDiT
 from lingbot_jax.rollout import masks
 from lingbot_jax.training import curriculum
 from lingbot_jax.training.config import STUDENT, TrainConfig
-from lingbot_jax.training.objectives import Mean, Metrics, Update
+from lingbot_jax.training.objectives import Constants, Mean, Metrics, Update
 from lingbot_jax.training.objectives.world import NOISY, drop_conditions
 from lingbot_jax.worlds.clips import Encoded
 from lingbot_jax.worlds.condition import make_condition
@@ -46,7 +46,7 @@ class CausalObjective:
 
     def updates(self, step: int) -> tuple[Update, ...]:
         phase = self.config.phases()[curriculum.phase_at(self.config, step)]
-        return (Update(STUDENT, functools.partial(causal_loss, phase)),)
+        return (Update((STUDENT,), functools.partial(causal_loss, phase)),)
 
     def update_count(self, network: str) -> int:
         return curriculum.update_count(self.config, network)
@@ -77,6 +77,7 @@ def block_causal_velocity(
     config: CausalConfig,
     attend: Attend,
     past: Latents | None = None,
+    positions: Int[Array, "t"] | None = None,
 ) -> Float[Array, "b t h w c"]:
     """Velocity of all chunks in one pass, each seeing what it would see of a cache.
 
@@ -84,15 +85,20 @@ def block_causal_velocity(
 
     Args:
       past: clean latents that noisy chunks see as their past; None: they see each other.
+      positions: of the latent frames, for the rotary time axis; None: 0, 1, ...
     """
     frames, p = (
         noisy.shape[1],
         noisy.shape[2] * noisy.shape[3] // (model.config.patch[1] * model.config.patch[2]),
     )
     limits = {"window": config.window, "sink": config.sink}
+    if positions is None:
+        positions = jnp.arange(frames, dtype=jnp.int32)
     if past is None:
         mask = masks.chunks(frames, config.chunk, p, **limits)
-        return model(noisy, timestep, condition, attend=dataclasses.replace(attend, mask=mask))
+        return model(
+            noisy, timestep, condition, attend=dataclasses.replace(attend, mask=mask), positions=positions
+        )
     mask = masks.teacher_forcing(frames, config.chunk, p, **limits)
     both = lambda a, b: jnp.concatenate([a, b], axis=1)
     condition = Condition(
@@ -106,7 +112,7 @@ def block_causal_velocity(
         both(jnp.full_like(timestep, config.context_noise), timestep),
         condition,
         attend=dataclasses.replace(attend, mask=mask),
-        positions=jnp.tile(jnp.arange(frames, dtype=jnp.int32), 2),
+        positions=jnp.tile(positions, 2),
     )
     return velocity[:, frames:]
 
@@ -115,7 +121,7 @@ def causal_loss(
     config: TrainConfig,
     networks: Mapping[str, WorldDiT],
     clips: Encoded,
-    null_text: Float[Array, "1 l d"],
+    constants: Constants,
     key: PRNGKeyArray,
     attend: Attend,
 ) -> tuple[Float[Array, ""], Metrics]:
@@ -127,7 +133,7 @@ def causal_loss(
     sigma, timestep = draw_levels(level_key, *latents.shape[:2], config.world.causal, clean)
     noise = jax.random.normal(noise_key, latents.shape, latents.dtype)
     condition = make_condition(model.config, latents.shape[2:4], clips.text, clips.camera, clips.conditioning)
-    condition = drop_conditions(drop_key, condition, null_text, config.tasks)
+    condition = drop_conditions(drop_key, condition, constants.null_text, config.tasks)
     velocity = block_causal_velocity(
         model,
         add_noise(latents, noise, sigma),
