@@ -1,7 +1,8 @@
 """The tiny world: trains on a laptop CPU in minutes on real game frames.
 
 One argument names the experiment; `make demo` runs collect, codec, world, action and evaluate in this order,
-under runs/demo. `causal` makes of the action world one that is played chunk after chunk:
+under runs/demo. `causal` makes of the action world one that is played chunk after chunk, `distill` lets it learn
+from its own rollouts:
 
     python -m experiments.collect   --config=experiments/configs/tiny.py:collect
     python -m experiments.fit_codec --config=experiments/configs/tiny.py:codec
@@ -9,6 +10,7 @@ under runs/demo. `causal` makes of the action world one that is played chunk aft
     python -m experiments.train     --config=experiments/configs/tiny.py:action
     python -m experiments.evaluate  --config=experiments/configs/tiny.py:evaluate
     python -m experiments.train     --config=experiments/configs/tiny.py:causal
+    python -m experiments.train     --config=experiments/configs/tiny.py:distill
 """
 
 from ml_collections import ConfigDict
@@ -119,6 +121,28 @@ def _causal() -> ConfigDict:
     )
 
 
+def _distill() -> ConfigDict:
+    # The teacher knows clips of five latent frames: so long are the windows that the scores see.
+    return _train(
+        "distill",
+        750,
+        init=f"{ROOT}/causal",
+        teacher=f"{ROOT}/action",
+        world=CAUSAL_WORLD,
+        data=_data() | {"frames": 33, "batch": 16},
+        tasks={"continuation": 0.0},
+        distill={
+            "critic_rate": 1.0,
+            "shortest": 5,
+            "window": 5,
+            "gradient_chunks": 5,
+            "scores": {"shift": WORLD["sample"]["shift"], "guidance": 1.0},
+            "head": {"depths": (1, 3), "queries": 1, "width": 64, "heads": 4},
+        },
+        optimizer={"learning_rate": 2e-4, "warmup": 20, "b1": 0.0, "b2": 0.99, "weight_decay": 0.0, "ema": 0.95},
+    )
+
+
 def _evaluate() -> ConfigDict:
     return template(EvaluateConfig, {"run": f"{ROOT}/action", "out": f"{ROOT}/evaluation"})
 
@@ -130,6 +154,7 @@ def get_config(experiment: str = "world") -> ConfigDict:
         "world": lambda: _train("world", 1100),
         "action": lambda: _train("action", 100, init=f"{ROOT}/world"),
         "causal": _causal,
+        "distill": _distill,
         "evaluate": _evaluate,
     }
     if experiment not in made:
