@@ -44,11 +44,11 @@ demo-short: $(MADE).demo.stamp
 	$(RUN) -m experiments.quickstart $(SHORT_DEMO)
 
 test: $(MADE).test.stamp
-	$(RUN) -m pytest -n 2 --dist loadfile -m "not parity" $(ARGS)
+	$(RUN) -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not parity" $(ARGS)
 
 # Networks, kernels, goldens and one job of two processes: for the other end of the Pythons and JAX versions.
 test-short: $(MADE).test.stamp
-	$(RUN) -m pytest -n 2 --dist loadfile -m "not parity" $(SHORT) $(ARGS)
+	$(RUN) -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not parity" $(SHORT) $(ARGS)
 
 lint: $(MADE).test.stamp
 	$(BIN)/ruff check .

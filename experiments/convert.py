@@ -21,7 +21,7 @@ from rich.progress import (
 
 from experiments import common
 from lingbot_jax.control.plucker import CONTROL_CHANNELS
-from lingbot_jax.convert import contents, report, write
+from lingbot_jax.convert import contents, presets, report, write
 
 _SOURCE = flags.DEFINE_string(
     "source",
@@ -39,6 +39,18 @@ _DTYPE = flags.DEFINE_enum(
 _CONTROL = flags.DEFINE_enum(
     "control", None, list(CONTROL_CHANNELS), "control channels, where a checkpoint folder does not say them"
 )
+_ASSETS = flags.DEFINE_string(
+    "assets", None, "folder with the codec, text encoder and tokenizer that a checkpoint folder lacks"
+)
+_HEADS = flags.DEFINE_integer(
+    "heads", None, "attention heads of a transformer without config.json; default: heads of 128", 1, 65536
+)
+_PRESET = flags.DEFINE_enum(
+    "preset",
+    None,
+    list(presets.PRESETS),
+    "how a checkpoint folder's world is sampled; default: by its layout",
+)
 _INSPECT = flags.DEFINE_bool("inspect", False, "check everything, say what there is, write nothing")
 flags.DEFINE_alias("dry_run", "inspect")
 
@@ -50,7 +62,8 @@ def main() -> None:
     for flag in (_SOURCE, _OUT):
         if flag.value is None and not (flag is _OUT and _INSPECT.value):
             raise common.UserError(f"--{flag.name} is missing")
-    found = contents.look(_SOURCE.value, _CONTROL.value)
+    hints = {"control": _CONTROL, "assets": _ASSETS, "heads": _HEADS, "preset": _PRESET}
+    found = contents.look(_SOURCE.value, **{name: flag.value for name, flag in hints.items()})
     to_bundle = _TO.value == "bundle"
     dtype = _DTYPE.value or ("bfloat16" if to_bundle or "run" in found.kind else "keep")
     for line in report.describe(found, dtype):

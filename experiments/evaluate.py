@@ -18,9 +18,10 @@ from experiments.configs.schema import EvaluateConfig
 from lingbot_jax.config import ConfigError
 from lingbot_jax.data.config import DataConfig
 from lingbot_jax.data.video import contact_sheet, write_image, write_mp4
-from lingbot_jax.evaluation.suite import Measured, evaluate_world, held_out_clips, run_config, side_by_side
+from lingbot_jax.evaluation.suite import Measured, evaluate_world, held_out_clips, side_by_side
 from lingbot_jax.rollout.generate import chosen_sample
 from lingbot_jax.rollout.sample import sample_config
+from lingbot_jax.training.run_dir import load_config
 from lingbot_jax.worlds.open import Source, find, open_world
 
 CONFIG = common.define_config(EvaluateConfig)
@@ -30,7 +31,7 @@ def clips_of(config: EvaluateConfig, source: Source) -> tuple[DataConfig, tuple[
     """The data to measure on, and the size of its clips."""
     chosen = config.data
     if source.run:
-        run = run_config(source)
+        run = load_config(source.path)
         path, frames, size = run.data.path, run.data.frames, run.size
     else:
         path = frames = None

@@ -30,11 +30,10 @@ from experiments.configs import tiny
 from lingbot_jax.data.crops import crops
 from lingbot_jax.data.video import write_image
 from lingbot_jax.evaluation.report import Report, plot_lines
-from lingbot_jax.evaluation.suite import run_config
 from lingbot_jax.files import write_whole
 from lingbot_jax.models.text import HashedNgramEncoder, is_truncated
 from lingbot_jax.training.metrics import read_metrics
-from lingbot_jax.worlds.open import find
+from lingbot_jax.training.run_dir import load_config
 
 ROOT = flags.DEFINE_string("root", "runs/demo", "folder of everything the demo makes")
 FRESH = flags.DEFINE_bool("fresh", False, "remove what an earlier run made, and start over")
@@ -111,7 +110,7 @@ def walk_arguments(root: pathlib.Path) -> list[str]:
 
     The frame is the most colourful of those whose caption the model can read to its end.
     """
-    run = run_config(find(root / "action"))
+    run = load_config(root / "action")
     clips = next(iter(crops(dataclasses.replace(run.data, frames=1, batch=64), "held_out")))
     captions = clips[run.world.caption]
     colour = clips["frames"].std(axis=(1, 2, 3)).sum(-1)

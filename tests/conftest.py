@@ -1,13 +1,29 @@
-"""Checks the shape and dtype annotations of networks, control, diffusion, sharding and rollouts in the tests.
+"""What holds for all tests. Must run before the modules are imported.
 
-A wrong shape then fails at the call, with the names of its axes. Must run before the modules are imported, hence a
-conftest.
+The shape and dtype annotations of networks, control, diffusion, sharding and rollouts are checked: a wrong shape fails
+at the call, with the names of its axes. Compiled programs are shared by everything that the suite starts (`xla`).
+Modules marked `long` start first, so that no core waits for them at the end.
 """
 
-from jaxtyping import install_import_hook
+import os
+import tempfile
+
+from tests import xla
+
+SHARED = "LINGBOT_JAX_TESTS_CACHE"  # made by the first process, which removes it when it ends
+if SHARED not in os.environ:
+    made = tempfile.TemporaryDirectory(prefix="lingbot_jax-compiled-")
+    os.environ[SHARED] = made.name
+os.environ |= xla.environment(os.environ[SHARED]) | {k: v for k, v in os.environ.items() if k == "XLA_FLAGS"}
+
+from jaxtyping import install_import_hook  # noqa: E402 - JAX reads its environment when it is imported
 
 CHECKED = ("models", "control", "diffusion", "parallel", "rollout")
 
 install_import_hook([f"lingbot_jax.{name}" for name in CHECKED], "beartype.beartype")
 
 from tests.object_store import broken_bucket, bucket, emulated_bucket  # noqa: E402, F401
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: item.get_closest_marker("long") is None)

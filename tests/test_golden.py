@@ -1,4 +1,4 @@
-"""The golden runner itself, and every case of ../shared/golden where that folder exists."""
+"""The golden runner itself, and every case of ../shared/golden and golden_v2 where those folders exist."""
 
 import json
 import pathlib
@@ -8,14 +8,17 @@ import pytest
 
 from tests import golden
 
-FOLDER = pathlib.Path(__file__).resolve().parents[2] / "shared" / "golden"
-NAMES = golden.case_names(FOLDER)
+pytestmark = pytest.mark.long
+
+SHARED = pathlib.Path(__file__).resolve().parents[2] / "shared"
+FOLDERS = [SHARED / "golden", SHARED / "golden_v2"]
+CASES = [(folder, name) for folder in FOLDERS for name in golden.case_names(folder)]
 
 
-@pytest.mark.skipif(not NAMES, reason=f"no golden folder at {FOLDER}")
-@pytest.mark.parametrize("name", NAMES)
-def test_golden_case(name):
-    results = golden.run_case(FOLDER, name, golden.handlers())
+@pytest.mark.skipif(not CASES, reason=f"no golden cases in {SHARED}")
+@pytest.mark.parametrize(("folder", "name"), CASES, ids=[name for _, name in CASES])
+def test_golden_case(folder, name):
+    results = golden.run_case(folder, name, golden.handlers())
     assert not [str(r) for r in results if not r.passed]
 
 

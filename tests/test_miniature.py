@@ -9,6 +9,8 @@ import pytest
 from tests.bench import miniature
 from tests.convert.published import write_published
 
+pytestmark = pytest.mark.long
+
 
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory):

@@ -139,7 +139,14 @@ def _distill() -> ConfigDict:
             "scores": {"shift": WORLD["sample"]["shift"], "guidance": 1.0},
             "head": {"depths": (1, 3), "queries": 1, "width": 64, "heads": 4},
         },
-        optimizer={"learning_rate": 2e-4, "warmup": 20, "b1": 0.0, "b2": 0.99, "weight_decay": 0.0, "ema": 0.95},
+        optimizer={
+            "learning_rate": 2e-4,
+            "warmup": 20,
+            "b1": 0.0,
+            "b2": 0.99,
+            "weight_decay": 0.0,
+            "ema": 0.95,
+        },
     )
 
 

@@ -156,7 +156,7 @@ def _control_of(source: Source, config: DiTConfig) -> str | None:
         return "none"
     area = config.spatial_stride**2 * config.patch[1] * config.patch[2]
     widths = {n * area: name for name, n in CONTROL_CHANNELS.items() if n}
-    return widths.get(_size(source, CONTROL_PATCH, 1))
+    return widths.get(tensor_size(source, CONTROL_PATCH, 1))
 
 
 def diffusers_wan(values: Mapping[str, Any], place: pathlib.Path, stride: int, text_len: int) -> DiTConfig:
@@ -227,12 +227,12 @@ def published_vae(source: Source) -> VAEConfig:
     stated = _stated(VAEConfig, source)
     if stated is not None:
         return stated
-    width, channels = _size(source, "encoder.conv1.weight", 0), _size(source, "conv2.weight", 0)
+    width, channels = tensor_size(source, "encoder.conv1.weight", 0), tensor_size(source, "conv2.weight", 0)
     outputs, levels, strides, blocks, n = width, [], [], [0], 0
     while True:
         prefix = f"encoder.downsamples.{n}"
         if f"{prefix}.residual.2.weight" in source.tensors:
-            outputs = _size(source, f"{prefix}.residual.2.weight", 0)
+            outputs = tensor_size(source, f"{prefix}.residual.2.weight", 0)
             blocks[-1] += 1
         elif f"{prefix}.resample.1.weight" in source.tensors:
             levels.append(outputs)
@@ -252,15 +252,15 @@ def published_umt5(source: Source, length: int) -> UMT5Config:
     if stated is not None:
         return stated
     numbers = [re.match(r"blocks\.(\d{1,6})\.", name) for name in source.tensors]
-    heads = _size(source, "blocks.0.pos_embedding.embedding.weight", 1)
+    heads = tensor_size(source, "blocks.0.pos_embedding.embedding.weight", 1)
     sizes = {
-        "vocab": _size(source, "token_embedding.weight", 0),
-        "dim": _size(source, "token_embedding.weight", 1),
+        "vocab": tensor_size(source, "token_embedding.weight", 0),
+        "dim": tensor_size(source, "token_embedding.weight", 1),
         "heads": heads,
-        "head_dim": _size(source, "blocks.0.attn.q.weight", 0) // max(heads, 1),
-        "ffn": _size(source, "blocks.0.ffn.fc1.weight", 0),
+        "head_dim": tensor_size(source, "blocks.0.attn.q.weight", 0) // max(heads, 1),
+        "ffn": tensor_size(source, "blocks.0.ffn.fc1.weight", 0),
         "layers": 1 + max(int(match[1]) for match in numbers if match),
-        "buckets": _size(source, "blocks.0.pos_embedding.embedding.weight", 0),
+        "buckets": tensor_size(source, "blocks.0.pos_embedding.embedding.weight", 0),
         "length": length,
     }
     return _build(UMT5Config, sizes, source.name)
@@ -277,7 +277,8 @@ def _stated(kind: type[T], source: Source) -> T | None:
     return _build(kind, values, f"{source.name}: config")
 
 
-def _size(source: Source, name: str, axis: int) -> int:
+def tensor_size(source: Source, name: str, axis: int) -> int:
+    """A side of a tensor that must be there. Raises ConfigError."""
     shape = source.tensors[name].shape if name in source.tensors else ()
     if len(shape) <= axis:
         raise ConfigError(f"{source.name}: is not the published file of that name: it has no tensor {name}")

@@ -17,7 +17,6 @@ from etils import epath
 from lingbot_jax import axes as ax
 from lingbot_jax import files
 from lingbot_jax.config import ConfigError
-from lingbot_jax.control.plucker import Control
 from lingbot_jax.convert import folders
 from lingbot_jax.convert.names import expand, layers_of, part_names
 from lingbot_jax.convert.read import differences, first_few, read_layer
@@ -94,21 +93,21 @@ def stacked(config: Any) -> frozenset[str]:
     return frozenset(path for path, names in axes.items() if names and names[0] == ax.LAYERS)
 
 
-def look(source: str, control: Control | None = None) -> Contents:
+def look(source: str, **hints: Any) -> Contents:
     """What `source` holds: a folder, or `high=FOLDER,low=FOLDER` (or two folders of one expert each).
 
     Args:
-      control: what the camera embedding of a checkpoint folder holds, where that does not say it.
+      hints: what a checkpoint folder does not say: `control`, `assets`, `heads`, `preset` of `folders.find`.
 
     Raises:
       ConfigError: nothing known there, or damaged, or two that do not belong together.
     """
     entries = [re.fullmatch(r"(?:(high|low)=)?(.+)", entry.strip()) for entry in source.split(",")]
     if len(entries) == 1 and not (entries[0] and entries[0][1]) or _exists(source):
-        return _with_notes(_look(source, control))
+        return _with_notes(_look(source, hints))
     if not all(entries) or len(entries) > 2:
         raise ConfigError(f"source = {source!r}: must be a folder, or high=FOLDER,low=FOLDER")
-    found = [(entry[1], _look(entry[2], control)) for entry in entries]
+    found = [(entry[1], _look(entry[2], hints)) for entry in entries]
     return _with_notes(_merged(source, [_expert(name, contents) for name, contents in found]))
 
 
@@ -116,21 +115,22 @@ def _exists(source: str) -> bool:
     return not is_remote(source) and os.path.isdir(source)
 
 
-def _look(path: str, control: Control | None) -> Contents:
+def _look(path: str, hints: Mapping[str, Any]) -> Contents:
     folder = epath.Path(path)
     with storage.errors_as(lambda why: ConfigError(f"source = {path!r}: cannot be read ({why})")):
         bundle = (folder / BUNDLE).exists()
         described = not bundle and (folder / RUN).is_file()
         run = described and "world" in files.read_json(folder / RUN, "source")
     if bundle or run:
-        if control is not None:
-            raise ConfigError(f"control = {control!r}: only of a checkpoint folder; {path} says its own")
+        for name, value in hints.items():
+            if value is not None:
+                raise ConfigError(f"{name} = {value!r}: only of a checkpoint folder; {path} says its own")
         return _of_world(path, find(path, "source"))
     if is_remote(path):
         raise ConfigError(
             f"source = {path!r}: neither a run nor a bundle; checkpoint folders are read from a disk"
         )
-    return _of_checkpoint(path, folders.find(path, control))
+    return _of_checkpoint(path, folders.find(path, **hints))
 
 
 def _of_checkpoint(path: str, checkpoint: folders.Checkpoint) -> Contents:

@@ -7,9 +7,12 @@ What a folder is, is read from file names and from `_class_name` in `config.json
                   google/umt5-xxl/tokenizer.json
     diffusers     transformer/ and transformer_2/ (WanTransformer3DModel), vae/ (AutoencoderKLWan),
                   text_encoder/ (UMT5EncoderModel), tokenizer/tokenizer.json
+    2.0           one network in transformers/ or transformer_causal/, its config.json there or beside them (WanXModel,
+                  WanModelCausal); or shards in the folder itself, without a config.json and without codec and text
+                  encoder, which `assets` has; or a diffusers copy (CausalLingBotWorldTransformer3DModel)
 
 A `.safetensors` file of the same name is read in place of a `.pth`. A folder of one network is read as well. What a
-folder does not say takes the values of the published A14B model.
+folder does not say takes the values of the published A14B model, and how a 2.0 world is sampled those of PRESETS.
 """
 
 import dataclasses
@@ -20,8 +23,9 @@ from typing import Any
 from lingbot_jax import files
 from lingbot_jax.config import ConfigError, build
 from lingbot_jax.control.plucker import Control
-from lingbot_jax.convert import configs, names_dit, names_text, names_vae
+from lingbot_jax.convert import configs, names_dit, names_text, names_vae, second
 from lingbot_jax.convert.names import Entry
+from lingbot_jax.convert.presets import PRESETS, SECOND, SMALL
 from lingbot_jax.convert.read import Safetensors, Source, TorchFile, open_safetensors
 from lingbot_jax.models.config import DiTConfig, UMT5Config, VAEConfig
 from lingbot_jax.worlds.config import BOUNDARY, CausalConfig, SampleConfig, WorldConfig
@@ -31,9 +35,10 @@ VAE_FILE = "Wan2.1_VAE"
 TEXT_FILE = "models_t5_umt5-xxl-enc-bf16"
 TOKENIZER_FILES = ("google/umt5-xxl/tokenizer.json", "tokenizer/tokenizer.json")
 FOLDERS = {"high": "high_noise_model", "low": "low_noise_model", "world": "world_model"}
-WAN = ("WanModel", "WanModelFast")
+WAN = ("WanModel", "WanModelFast", "WanXModel", "WanModelCausal")
 DIFFUSERS_WAN, DIFFUSERS_VAE, UMT5 = "WanTransformer3DModel", "AutoencoderKLWan", "UMT5EncoderModel"
-KNOWN = (*WAN, DIFFUSERS_WAN, DIFFUSERS_VAE, UMT5)
+DIFFUSERS_SECOND = "CausalLingBotWorldTransformer3DModel"  # with Wan's own names of tensors
+KNOWN = (*WAN, DIFFUSERS_WAN, DIFFUSERS_SECOND, DIFFUSERS_VAE, UMT5)
 # Wan's published `sample_neg_prompt`, which its pipeline puts in place of an empty one.
 NEGATIVE_PROMPT = (
     "色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，低质量，"
@@ -72,11 +77,20 @@ class Checkpoint:
     others: list[str]
 
 
-def find(folder: str | pathlib.Path, control: Control | None = None) -> Checkpoint:
+def find(
+    folder: str | pathlib.Path,
+    control: Control | None = None,
+    assets: str | pathlib.Path | None = None,
+    heads: int | None = None,
+    preset: str | None = None,
+) -> Checkpoint:
     """Finds the networks of a folder; opens their files, reads no tensors.
 
     Args:
       control: what the camera embedding holds; None: as config.json says, or the layer's width.
+      assets: another folder, which has the codec, text encoder and tokenizer that this one lacks.
+      heads: attention heads of a transformer without config.json; None: heads of 128.
+      preset: how the world is sampled, a name of PRESETS; None: as the folder's layout says.
 
     Raises:
       ConfigError: nothing there that is known, or a config that we cannot represent.
@@ -84,27 +98,27 @@ def find(folder: str | pathlib.Path, control: Control | None = None) -> Checkpoi
     folder = pathlib.Path(folder)
     if not folder.is_dir():
         raise ConfigError(f"source = {str(folder)!r}: no such folder")
-    places = [folder, *sorted(p for p in folder.iterdir() if p.is_dir())]
-    found = {p: files.read_json(p / "config.json", "source") for p in places if (p / "config.json").is_file()}
+    found = _configs(folder)
     kinds = {place: _class(values) for place, values in found.items()}
     if kinds.get(folder, WAN[0]) not in KNOWN:
         raise ConfigError(
             f"{folder}/config.json: _class_name = {kinds[folder][:100]!r}: known are {', '.join(KNOWN)}"
         )
+    sampled = _second(folder, found, kinds, heads)
     transformers = _transformers(folder, kinds)
     lengths = [configs.text_len(found[place], place) for place in transformers.values()]
     text_len = lengths[0] if lengths else UMT5Config().length
     encoders = [_codec(folder, found, kinds), _text(folder, found, kinds, text_len)]
-    codec, text = encoders
+    tokenizer = _tokenizer(folder)
+    if assets is not None:
+        codec, text, tokenizer = _assets(pathlib.Path(assets), encoders, tokenizer, text_len)
+    else:
+        codec, text = encoders
     stride = codec.config.stride[1] if codec else VAEConfig().stride[1]
     networks, rollouts = [], []
     for name, place in transformers.items():
         source = open_safetensors(place)
-        if kinds[place] in WAN:
-            config, rollout = configs.wan(found[place], place, source, stride, control)
-            rollouts.append(rollout)
-            networks.append(Network(name, "published", config, names_dit.dit_table(config), source))
-        else:
+        if kinds[place] == DIFFUSERS_WAN:
             if control not in (None, "none"):
                 raise ConfigError(f"control = {control!r}: a diffusers transformer has no control layers")
             config = configs.diffusers_wan(found[place], place, stride, text_len)
@@ -112,29 +126,98 @@ def find(folder: str | pathlib.Path, control: Control | None = None) -> Checkpoi
                 config = dataclasses.replace(config, mask_channels=codec.config.stride[0])
             table = names_dit.diffusers_dit_table(config)
             networks.append(Network(name, "diffusers", config, table, source))
-    everything = networks + [network for network in encoders if network]
+            continue
+        values = found[place]
+        if kinds[place] == DIFFUSERS_SECOND:
+            values, sampled = second.diffusers_config(values, place, source)
+        config, rollout = configs.wan(values, place, source, stride, control)
+        rollouts.append(rollout)
+        networks.append(Network(name, "published", config, names_dit.dit_table(config), source))
+    everything = networks + [network for network in (codec, text) if network]
     if not everything:
         raise ConfigError(
             f"source = {str(folder)!r}: no checkpoint there; expected high_noise_model/, low_noise_model/, "
-            f"{VAE_FILE}.pth (published), or transformer/, vae/ (diffusers)"
+            f"transformers/, {VAE_FILE}.pth (published), or transformer/, vae/ (diffusers)"
         )
-    fast = any(kinds[p] == WAN[1] for p in transformers.values())
+    fast = any(kinds[p] == "WanModelFast" for p in transformers.values())
     fast = fast or any(n.name == "world" and n.layout == "published" for n in networks)
+    how = {
+        "sample": _sample(folder) if networks and not fast else None,
+        "causal": _causal(rollouts[0]) if fast else None,
+    }
+    if preset is not None:
+        if preset not in PRESETS:
+            raise ConfigError(f"preset = {preset!r}: must be one of {', '.join(PRESETS)}")
+        how = PRESETS[preset]
+    elif sampled is not None:
+        how = sampled
     world = {
         "networks": {n.name: n.config for n in networks},
         "codec": codec and codec.config,
         "text": text and text.config,
         "boundary": _boundary(folder),
-        "sample": _sample(folder) if networks and not fast else None,
-        "causal": _causal(rollouts[0]) if fast else None,
     }
     try:
-        config = WorldConfig(**world)
+        config = WorldConfig(**world, **how)
     except ConfigError as error:
         raise ConfigError(f"source = {str(folder)!r}: {error}") from None
-    tokenizer = next((folder / f for f in TOKENIZER_FILES if (folder / f).is_file()), None)
     others = [f"{p.name} ({kind[:100]})" for p, kind in kinds.items() if kind not in KNOWN]
     return Checkpoint(config, everything, tokenizer, everything[0].layout, others)
+
+
+def _configs(folder: pathlib.Path) -> dict[pathlib.Path, Mapping[str, Any]]:
+    """Every config.json by the folder that it is of."""
+    places = [folder, *sorted(p for p in folder.iterdir() if p.is_dir())]
+    return {p: files.read_json(p / "config.json", "source") for p in places if (p / "config.json").is_file()}
+
+
+def _second(
+    folder: pathlib.Path, found: dict, kinds: dict[pathlib.Path, str], heads: int | None
+) -> Mapping[str, Any] | None:
+    """How a 2.0 world is sampled; None: it is not one. Adds its transformer's folder to `found` and `kinds`.
+
+    Raises:
+      ConfigError: two such transformers, or one without a config.json whose sizes its tensors do not say.
+    """
+    has_shards = lambda place: any(place.glob("*.safetensors"))
+    places = [folder / name for name in SECOND if has_shards(folder / name)]
+    if len(places) > 1:
+        names = " and ".join(f"{place.name}/" for place in places)
+        raise ConfigError(
+            f"source = {str(folder)!r}: has {names}: two worlds; move one to a folder of its own"
+        )
+    if not places:
+        own = kinds.keys() - {folder} or folder in kinds or not any(folder.glob("*.safetensors.index.json"))
+        if own:
+            return None
+        places = [folder]
+    (place,) = places
+    if place != folder and kinds.get(folder) in WAN and place not in found:
+        found[place], kinds[place] = found.pop(folder), kinds.pop(folder)
+    if place not in found:
+        found[place], kinds[place] = second.wan_json(open_safetensors(place), heads), "WanXModel"
+    small = place == folder or found[place].get("dim") == SMALL
+    return PRESETS["lingbot2-1.3b" if small and place.name != "transformer_causal" else SECOND[place.name]]
+
+
+def _tokenizer(folder: pathlib.Path) -> pathlib.Path | None:
+    return next((folder / f for f in TOKENIZER_FILES if (folder / f).is_file()), None)
+
+
+def _assets(
+    folder: pathlib.Path, encoders: list[Network | None], tokenizer: pathlib.Path | None, text_len: int
+) -> tuple[Network | None, Network | None, pathlib.Path | None]:
+    """Codec, text encoder and tokenizer: a folder's own, else those of `folder`."""
+    if not folder.is_dir():
+        raise ConfigError(f"assets = {str(folder)!r}: no such folder")
+    found = _configs(folder)
+    kinds = {place: _class(values) for place, values in found.items()}
+    codec = encoders[0] or _codec(folder, found, kinds)
+    text = encoders[1] or _text(folder, found, kinds, text_len)
+    missing = [name for name, part in (("codec", codec), ("text encoder", text)) if part is None]
+    if missing:
+        raise ConfigError(f"assets = {str(folder)!r}: has no {' and no '.join(missing)}")
+    return codec, text, tokenizer or _tokenizer(folder)
 
 
 def _class(values: Mapping[str, Any]) -> str:
@@ -148,9 +231,10 @@ def _transformers(folder: pathlib.Path, kinds: Mapping[pathlib.Path, str]) -> di
     """Folders of transformers by the name of the network; one without a partner, and not of an expert, is `world`."""
     experts = {FOLDERS["high"]: "high", FOLDERS["low"]: "low"}
     experts |= {"transformer": "high", "transformer_2": "low"}
-    places = [place for place, kind in kinds.items() if kind in (*WAN, DIFFUSERS_WAN)]
+    places = [place for place, kind in kinds.items() if kind in (*WAN, DIFFUSERS_WAN, DIFFUSERS_SECOND)]
     names = [experts.get(place.name, "world") for place in places]
-    if len(places) == 1 and places[0].name == "transformer" and not _two_experts(folder):
+    one = len(places) == 1 and places[0].name == "transformer"
+    if one and (kinds[places[0]] == DIFFUSERS_SECOND or not _two_experts(folder)):
         names = ["world"]  # of a pipeline with one transformer
     if len(places) > 1 and sorted(names) != ["high", "low"]:
         raise ConfigError(

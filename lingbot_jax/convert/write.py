@@ -22,9 +22,11 @@ from lingbot_jax.convert import names_dit, names_text, names_vae
 from lingbot_jax.convert.contents import Contents, Part, Read
 from lingbot_jax.convert.folders import FOLDERS, TEXT_FILE, TOKENIZER_FILES, VAE_FILE
 from lingbot_jax.convert.names import Entry, layers_of, part_names
+from lingbot_jax.convert.presets import PRESETS, SECOND, SECOND_CLASSES
 from lingbot_jax.files import is_remote, whole_folder
 from lingbot_jax.models.config import DiTConfig, NgramConfig, UMT5Config, VAEConfig
 from lingbot_jax.worlds import storage
+from lingbot_jax.worlds.config import WorldConfig
 from lingbot_jax.worlds.open import TOKENIZER, params_folder, write_bundle_config
 from lingbot_jax.worlds.world import CODEC
 
@@ -143,8 +145,8 @@ def to_published(
 def _published(part: Part, contents: Contents) -> tuple[str, list[Entry], dict[str, Any]]:
     """Where a part goes, under which names, and what its config.json or its metadata says. Raises ConfigError."""
     if isinstance(part.config, DiTConfig):
-        values = wan_json(part.config, contents.config.causal is not None)
-        return FOLDERS[part.name], names_dit.dit_table(part.config), values
+        place, kind = _place(part.name, contents.config)
+        return place, names_dit.dit_table(part.config), wan_json(part.config, kind)
     if isinstance(part.config, VAEConfig):
         return VAE_FILE, names_vae.published(part.config), dataclasses.asdict(part.config)
     if isinstance(part.config, UMT5Config):
@@ -154,7 +156,15 @@ def _published(part: Part, contents: Contents) -> tuple[str, list[Entry], dict[s
     )
 
 
-def wan_json(config: DiTConfig, fast: bool) -> dict[str, Any]:
+def _place(name: str, world: WorldConfig) -> tuple[str, str]:
+    """Folder and class of a transformer: those of the 2.0 world that is sampled as this one is, else the first's."""
+    for folder, preset in SECOND.items():
+        if world.causal is not None and world.causal == PRESETS[preset]["causal"]:
+            return folder, SECOND_CLASSES[folder]
+    return FOLDERS[name], "WanModel" if world.causal is None else "WanModelFast"
+
+
+def wan_json(config: DiTConfig, kind: str) -> dict[str, Any]:
     """The published config.json of a transformer.
 
     Raises:
@@ -163,7 +173,7 @@ def wan_json(config: DiTConfig, fast: bool) -> dict[str, Any]:
     theta = config.rope_theta
     require(theta == 10000, "networks.rope_theta", theta, "the published class has 10000")
     values = {
-        "_class_name": "WanModelFast" if fast else "WanModel",
+        "_class_name": kind,
         "model_type": "i2v" if config.image_condition else "t2v",
         "patch_size": list(config.patch),
         "dim": config.dim,

@@ -157,11 +157,15 @@ def validate(clip: Clip) -> None:
 def _validate_metadata(clip: Clip) -> None:
     for name in ("clip_id", "source", "map", "behaviour"):
         value = getattr(clip, name)
-        _check(isinstance(value, str) and value, f"{name} = {value!r}: must be a non-empty text")
-    _check(clip.split in SPLITS, f"split = {clip.split!r}: must be one of {', '.join(SPLITS)}")
-    _check(isinstance(clip.seed, int) and clip.seed >= 0, f"seed = {clip.seed!r}: must be an integer >= 0")
+        _check(isinstance(value, str) and value, f"{name} = {repr(value)[:200]}: must be a non-empty text")
+    _check(clip.split in SPLITS, f"split = {repr(clip.split)[:200]}: must be one of {', '.join(SPLITS)}")
     _check(
-        isinstance(clip.fps, (int, float)) and 0 < clip.fps < np.inf, f"fps = {clip.fps!r}: must be positive"
+        isinstance(clip.seed, int) and clip.seed >= 0,
+        f"seed = {repr(clip.seed)[:200]}: must be an integer >= 0",
+    )
+    _check(
+        isinstance(clip.fps, (int, float)) and 0 < clip.fps < np.inf,
+        f"fps = {repr(clip.fps)[:200]}: must be positive",
     )
     _check(isinstance(clip.extra, Mapping), f"extra is {type(clip.extra).__name__}: must be a mapping")
     texts = (clip.captions.narrative, clip.captions.static, *(e.text for e in clip.captions.temporal))

@@ -120,6 +120,17 @@ def predict_x0(
     return x0_from_velocity(noisy, guide(velocity, tuple(conditions), scale)(noisy), sigma)
 
 
+def predict_real(
+    network: Network, noisy: Latents, sigma: Level, conditions: Sequence[C], config: ScoreConfig
+) -> Latents:
+    """mu_real: the teacher's guided prediction; of two experts `network` is that of the region that sigma lies in.
+
+    Args:
+      conditions: `(cond, uncond)`, or `(both,)` on a doubled batch; without guidance `(cond,)` is enough.
+    """
+    return jax.lax.stop_gradient(predict_x0(network, noisy, sigma, conditions, config.guidance))
+
+
 def _mean(values: Float[Array, "b t *rest"], mask: Mask | None) -> Float[Array, ""]:
     """Mean over all elements, or over those of the frames that count."""
     if mask is None:
@@ -168,7 +179,7 @@ def dmd_loss(
     """The student's loss (Eq. 4) at the noise level sigma, and numbers to log. No gradient enters the scores.
 
     Args:
-      real, fake: `predict_x0` of the teacher, guided, and of the critic.
+      real, fake: `predict_real` of the teacher and `predict_x0` of the critic.
     """
     noisy = jax.lax.stop_gradient(add_noise(x, noise, sigma))
     clean = [jax.lax.stop_gradient(predict(noisy, sigma)) for predict in (real, fake)]

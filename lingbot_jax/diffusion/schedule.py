@@ -6,8 +6,8 @@ published schedules decide whether trajectories agree with them:
 - their integer timesteps are *truncated* products sigma * 1000 in float64 (399, not 400, where the product
   is 399.99999999999994);
 - UniPC's first level is float32(0.999) before the shift, so it never reaches 1; DPM++'s is exactly 1;
-- the fast model looks its re-noising level up *by timestep value* in a table with repeated entries, and
-  the second occurrence wins.
+- the fast model looks its levels up *by timestep value* in a table with repeated entries: the first occurrence is the
+  level at which a velocity becomes x0, the second the one that x0 is re-noised to.
 """
 
 import dataclasses
@@ -81,8 +81,11 @@ class FewSteps:
     renoise: np.ndarray
 
 
-def lookup(timesteps: np.ndarray, value: float) -> int:
-    """Index of a timestep value in a table with repeats: the second occurrence wins where there is one.
+def lookup(timesteps: np.ndarray, value: float, occurrence: int = 1) -> int:
+    """Index of a timestep value in a table with repeats.
+
+    Args:
+      occurrence: which of equals, from 0; the last where there are fewer.
 
     Raises:
       ValueError: the value is not in the table.
@@ -90,16 +93,16 @@ def lookup(timesteps: np.ndarray, value: float) -> int:
     found = np.flatnonzero(timesteps == value)
     if not found.size:
         raise ValueError(f"timestep {value} is not in the schedule")
-    return int(found[min(1, found.size - 1)])
+    return int(found[min(occurrence, found.size - 1)])
 
 
 def fast(shift: float = 5.0, indices: tuple[int, ...] = (0, 179, 358, 679)) -> FewSteps:
-    """The published fast model: positions of a 1000-step schedule; re-noising levels looked up by value."""
+    """The published fast models: timesteps at positions of a 1000-step schedule, both levels looked up by them."""
     table = unipc(TRAIN_STEPS, shift)
     require(all(0 <= i < TRAIN_STEPS for i in indices), "indices", indices, f"must be in [0, {TRAIN_STEPS})")
-    at = np.asarray(indices)
-    found = [lookup(table.timesteps, t) for t in table.timesteps[at]]
-    return FewSteps(table.timesteps[at], table.sigmas[at], table.sigmas[found])
+    timesteps = table.timesteps[np.asarray(indices)]
+    x0, renoise = ([lookup(table.timesteps, t, which) for t in timesteps] for which in (0, 1))
+    return FewSteps(timesteps, table.sigmas[x0], table.sigmas[renoise])
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -14,8 +14,7 @@ import jax
 import numpy as np
 from jaxtyping import UInt8
 
-from lingbot_jax import files
-from lingbot_jax.config import build, require
+from lingbot_jax.config import require
 from lingbot_jax.data.config import DataConfig
 from lingbot_jax.data.crops import crops, resize_crops
 from lingbot_jax.evaluation.action_following import yaw_signs
@@ -26,7 +25,6 @@ from lingbot_jax.training import curriculum
 from lingbot_jax.training.config import TrainConfig
 from lingbot_jax.worlds.clips import prepare
 from lingbot_jax.worlds.config import SampleConfig
-from lingbot_jax.worlds.open import RUN, Source
 from lingbot_jax.worlds.world import World
 
 Rows = dict[str, np.ndarray]  # clips as the data gives them: frames, keys, c2w, intrinsics, captions
@@ -47,12 +45,6 @@ class Measured:
     numbers: dict[str, float]
     by_frame: dict[str, list[float]]
     videos: dict[str, Videos]
-
-
-def run_config(source: Source) -> TrainConfig:
-    """What a run was trained with. Raises ConfigError: a damaged file."""
-    path = source.path / RUN
-    return build(TrainConfig, files.read_json(path, "config.run"), f"{path}: config")
 
 
 def held_out_clips(

@@ -7,6 +7,8 @@ One compilation serves any length of play. `denoise_chunk` is the one function o
 """
 
 import dataclasses
+import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -14,7 +16,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from lingbot_jax.config import require
+from lingbot_jax.diffusion import guidance, solvers
 from lingbot_jax.diffusion.flow import add_noise, x0_from_velocity
+from lingbot_jax.diffusion.schedule import FewSteps
 from lingbot_jax.models.attention import KV, Attend
 from lingbot_jax.models.config import DiTConfig
 from lingbot_jax.models.dit import Condition, Prepared, WorldDiT
@@ -22,6 +26,9 @@ from lingbot_jax.rollout.cache import CacheLayout, KVCache
 from lingbot_jax.worlds.config import CausalConfig
 
 Latents = Float[Array, "b t h w c"]
+Network = tuple[WorldDiT, Prepared]  # and what it is told
+Step = Int[Array, ""]
+Predict = Callable[[Latents, Float[Array, ""]], Latents]  # (noisy, timestep) -> velocity
 
 
 def cache_layout(
@@ -60,8 +67,8 @@ class Chunk(NamedTuple):
     """What a chunk became.
 
     Attributes:
-      latents: clean. noisy: what they were predicted from, at the level of the step that play ends with, or of the
-        exit step. kv: of the cache-update pass.
+      latents: clean. noisy: of few steps, what they were predicted from in the last step; of many, the start.
+      kv: of the cache-update pass.
     """
 
     latents: Latents
@@ -80,41 +87,62 @@ def denoise_chunk(
 ) -> Chunk:
     """The steps of the next chunk, then its cache-update pass.
 
-    In training (paper section 3.4.2) the gradient goes through the last step alone, and into nothing that came before
-    it: neither the steps, nor the cache, nor what is written to it.
+    With guidance, condition and cache have the conditional samples, then as many unconditional ones. In training (paper
+    section 3.4.2) the gradient goes through the last of few steps alone, and into nothing that came before it: neither
+    the steps, nor the cache, nor what is written to it.
 
     Args:
-      exit_step: the step whose prediction is taken for the clean chunk; None: the last one, as in play.
+      exit_step: of few steps, the one whose prediction is taken for the clean chunk; None: the last, as in play.
     """
-    few = config.few_steps()
-    steps, batch, t = noise.shape[:3]
-    require(
-        steps == len(few.sigmas), "noise", noise.shape, f"needs {len(few.sigmas)} draws on its first axis"
-    )
+    t = noise.shape[2]
+    have, need = noise.shape[0], config.draws
+    require(have == need, "noise", noise.shape, f"needs {need} draws on its first axis")
     trained = (model, model.precompute(condition))
     fixed = jax.lax.stop_gradient(trained)
     attend = attend_cached(model, cache, attend)
     positions = cache.positions(t)
+    branches = 2 if config.guided else 1
 
-    def predict(network: tuple[WorldDiT, Prepared], x: Latents, timestep: jax.Array | float, **kwargs: bool):
-        level = jnp.full((batch, t), timestep, jnp.float32)
-        return network[0](x, level, network[1], attend=attend, positions=positions, **kwargs)
+    def run(network: Network, x: Latents, timestep: Array | float, **kwargs: bool):
+        both = jnp.concatenate([x] * branches)
+        level = jnp.full((len(both), t), timestep, jnp.float32)
+        return network[0](both, level, network[1], attend=attend, positions=positions, **kwargs)
 
-    timesteps, sigmas, levels = (
-        jnp.asarray(a, jnp.float32) for a in (few.timesteps, few.sigmas, few.renoise)
-    )
+    def predict(network: Network, x: Latents, timestep: Array) -> Latents:
+        if not config.guided:
+            return run(network, x, timestep)
+        cond, uncond = jnp.split(run(network, x, timestep), 2)
+        return guidance.combine(cond, uncond, config.sample.guidance.low)
 
-    def clean(network: tuple[WorldDiT, Prepared], x: Latents, i: jax.Array | int) -> Latents:
-        return x0_from_velocity(x, predict(network, x, timesteps[i]), sigmas[i])
-
-    def step(i: jax.Array, x: Latents) -> Latents:
-        return add_noise(clean(fixed, x, i), noise[i + 1], levels[i + 1])
-
-    last = steps - 1 if exit_step is None else exit_step
-    noisy = jax.lax.fori_loop(0, last, step, noise[0])
-    latents = clean(trained, noisy, last)
-    _, kv = predict(fixed, jax.lax.stop_gradient(latents), config.context_noise, return_kv=True)
+    if config.sample is None:
+        few, last = config.few_steps(), exit_step
+        noisy = _few_steps(functools.partial(predict, fixed), noise, few, last)
+        latents = _clean(functools.partial(predict, trained), noisy, few, last)
+    else:
+        table, noisy = solvers.make(config.sample.solver, config.sample.steps, config.sample.shift), noise[0]
+        latents = solvers.run(table, solvers.start(noisy), functools.partial(predict, trained)).x
+    _, kv = run(fixed, jax.lax.stop_gradient(latents), config.context_noise, return_kv=True)
     return Chunk(latents, noisy, kv)
+
+
+def _few_steps(
+    predict: Predict, noise: Float[Array, "s b t h w c"], few: FewSteps, last: Step | None
+) -> Latents:
+    """Predict x0, re-noise it to the next level, and so on: what the last step begins with."""
+    levels = jnp.asarray(few.renoise, jnp.float32)
+
+    def step(i: Step, x: Latents) -> Latents:
+        return add_noise(_clean(predict, x, few, i), noise[i + 1], levels[i + 1])
+
+    return jax.lax.fori_loop(0, len(levels) - 1 if last is None else last, step, noise[0])
+
+
+def _clean(predict: Predict, x: Latents, few: FewSteps, step: Step | None) -> Latents:
+    """The clean latent that a step predicts; None: the last one."""
+    timestep, sigma = (
+        jnp.asarray(table, jnp.float32)[-1 if step is None else step] for table in (few.timesteps, few.sigmas)
+    )
+    return x0_from_velocity(x, predict(x, timestep), sigma)
 
 
 def generate_chunk(

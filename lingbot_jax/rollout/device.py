@@ -53,7 +53,7 @@ class DeviceState:
         height, width, channels = conditioning.image.shape[2:]
         layout = causal.cache_layout(config, model.config, height, width)
         return cls(
-            cache=KVCache.empty(model.config, layout, 1),
+            cache=KVCache.empty(model.config, layout, 2 if config.guided else 1),
             latents=jnp.zeros((1, layout.slots, height, width, channels)),
             poses=jnp.zeros((layout.slots, 4, 4)),
             actions=jnp.zeros((layout.slots, 4)),
@@ -64,34 +64,41 @@ class DeviceState:
     def condition(
         self,
         model: WorldDiT,
-        text: Float[Array, "1 l d"],
+        text: Float[Array, "b l d"],
         frames: Int[Array, "t"],
         poses: Float[Array, "t 4 4"],
         actions: Float[Array, "t 4"],
     ) -> Condition:
-        """The condition of given latent frames."""
-        camera = Camera(poses[None], self.intrinsics, actions[None])
-        size = self.conditioning.image.shape[2:4]
-        return make_condition(model.config, size, text, camera, self.conditioning.at(frames))
+        """The condition of given latent frames, per row of text: all else is the same."""
+        rows = len(text)
+        each = lambda x: jnp.repeat(x, rows, axis=0)
+        camera = Camera(each(poses[None]), each(self.intrinsics), each(actions[None]))
+        size, known = self.conditioning.image.shape[2:4], self.conditioning.at(frames)
+        known = jax.tree.map(each, known)
+        return make_condition(model.config, size, text, camera, known)
 
 
 @functools.partial(jax.jit, static_argnames=("config",), donate_argnames=("state",))
 def advance(
     model: WorldDiT,
     state: DeviceState,
-    text: Float[Array, "1 l d"],
+    text: Float[Array, "b l d"],
     poses: Float[Array, "t 4 4"],
     actions: Float[Array, "t 4"],
     key: PRNGKeyArray,
     attend: Attend,
     config: CausalConfig,
 ) -> tuple[Float[Array, "1 t h w c"], DeviceState]:
-    """Generates the next chunk: its clean latents, and the state after it."""
+    """Generates the next chunk: its clean latents, and the state after it.
+
+    Args:
+      text: one row; with guidance a second one, of the unconditional branch.
+    """
     cache = state.cache
     frames = cache.count + jnp.arange(config.chunk, dtype=jnp.int32)
     condition = state.condition(model, text, frames, poses, actions)
     shape = (1, config.chunk, *state.latents.shape[2:])
-    noise = causal.draw_noise(key, cache.count // config.chunk, shape, len(config.levels))
+    noise = causal.draw_noise(key, cache.count // config.chunk, shape, config.draws)
     latents, cache = causal.generate_chunk(model, cache, condition, noise, config, attend)
     past = (state.latents, state.poses, state.actions)
     for i in range(config.chunk if cache.layout.slots else 0):
@@ -113,7 +120,7 @@ def _frame_at(layout: CacheLayout, count: Int[Array, ""], place: Int[Array, ""])
 
 @functools.partial(jax.jit, static_argnames=("config",), donate_argnames=("state",))
 def rebuild_cache(
-    model: WorldDiT, state: DeviceState, text: Float[Array, "1 l d"], attend: Attend, config: CausalConfig
+    model: WorldDiT, state: DeviceState, text: Float[Array, "b l d"], attend: Attend, config: CausalConfig
 ) -> DeviceState:
     """Writes the cached window again under another text: a cache-update pass per chunk, oldest first."""
     layout, t, count = state.cache.layout, config.chunk, state.cache.count
@@ -135,8 +142,8 @@ def rebuild_cache(
         )
         position = frames if layout.positions == "absolute" else place + jnp.arange(t, dtype=jnp.int32)
         _, kv = model(
-            cut(state.latents, 1),
-            jnp.full((1, t), config.context_noise),
+            jnp.repeat(cut(state.latents, 1), len(text), axis=0),
+            jnp.full((len(text), t), config.context_noise),
             condition,
             attend=dataclasses.replace(attend, context=cache.context(model.config, seen)),
             positions=position,

@@ -26,7 +26,7 @@ from lingbot_jax.models.text import TextEncoder, is_truncated
 from lingbot_jax.rollout import events, windows
 from lingbot_jax.rollout.path import CameraPath, clip_length, from_folder, from_keys, pinhole
 from lingbot_jax.rollout.sample import sample_clips, sample_config
-from lingbot_jax.rollout.session import Session, SessionConfig
+from lingbot_jax.rollout.session import Session, SessionConfig, causal_config
 from lingbot_jax.worlds.clips import prepare
 from lingbot_jax.worlds.config import SampleConfig, WorldConfig, pixels_per_token
 from lingbot_jax.worlds.world import World
@@ -179,16 +179,15 @@ def plan(config: GenerateConfig, world: WorldConfig) -> Plan:
     network, stride = world.network, world.codec.stride[0]
     changes = {n: getattr(config, n) for n in ("step_size", "turn_rate")}
     keys_do = dataclasses.replace(world.keyboard, **{k: v for k, v in changes.items() if v is not None})
-    sample = session = None
+    sample = session = causal = None
     if config.mode == "base":
         names = ("steps", "shift", "solver", "negative_prompt", "guidance")
         own = sample_config(world, f"run = {config.run!r}")
         sample, chunk = chosen_sample(own, **{n: getattr(config, n) for n in names}), 1
     else:
-        causal = SessionConfig.of(world).causal
         changes = {n: getattr(config, n) for n in ("chunk", "window", "sink", "shift")}
+        causal = causal_config(world)
         causal = dataclasses.replace(causal, **{k: v for k, v in changes.items() if v is not None})
-        session = SessionConfig.of(world, causal=causal, keyboard=keys_do)
         chunk = causal.chunk
     image = images.read_image(config.image)
     multiple = int(np.lcm(*pixels_per_token(network)))
@@ -207,7 +206,9 @@ def plan(config: GenerateConfig, world: WorldConfig) -> Plan:
         path = from_keys(config.keys, keys_do, intrinsics)
     pad = config.keys is not None
     frames, given = clip_length(len(path), config.frames, stride, chunk, pad=pad), len(path)
-    path, script = path.fitted(frames), events.parse(config.events)
+    # Keys stand still to the end of a chunk; recorded poses are stretched over whole chunks, as published.
+    used = frames if pad or config.frames else (given - 1) // stride * stride + 1
+    path, script = path.fitted(used).stretched(frames), events.parse(config.events)
     for i, event in enumerate(script, 1):
         inside = event.second * config.fps < frames
         require(
@@ -217,7 +218,10 @@ def plan(config: GenerateConfig, world: WorldConfig) -> Plan:
     if sample is not None:
         cut = windows.Windows(frames, config.clip_frames or frames, config.overlap, stride)
     else:
-        session = dataclasses.replace(session, unit=path.unit(world.pose, stride))
+        if causal.window is None:  # all of the video, whose length is known here
+            causal = dataclasses.replace(causal, window=world.codec.latent_frames(frames))
+        unit = path.unit(world.pose, stride)
+        session = SessionConfig.of(world, causal=causal, keyboard=keys_do, unit=unit)
     first = images.resize(image, *size)
     return Plan(config, sample, session, first, path, given, script, cut)
 

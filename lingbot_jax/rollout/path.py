@@ -33,6 +33,15 @@ class CameraPath:
         keys = np.concatenate([self.keys, np.zeros((more, 8), bool)])[:frames]
         return CameraPath(grow(self.c2w), grow(self.intrinsics), keys)
 
+    def stretched(self, frames: int) -> "CameraPath":
+        """The whole path in another number of frames, as the published successor fits poses to whole chunks.
+
+        Poses are interpolated; a frame has the keys and the intrinsics of the row at its place or next after it.
+        """
+        at = np.linspace(0, len(self) - 1, frames)
+        row = np.ceil(at - 1e-9).astype(int)
+        return CameraPath(poses.interpolate(self.c2w, at), self.intrinsics[row], self.keys[row])
+
     def window(self, start: int, frames: int) -> "CameraPath":
         """`frames` rows from `start`; after the end the camera stands still. The first has no transition."""
         part = CameraPath(self.c2w[start:], self.intrinsics[start:], self.keys[start:]).fitted(frames)

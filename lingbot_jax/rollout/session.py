@@ -68,14 +68,18 @@ class SessionConfig:
         require(
             len(names) == 1, "world.networks", names, "chunks need a world of one network; use --mode=base"
         )
-        causal = given.pop("causal", world.causal)
-        if causal is None:
-            shift = 5.0 if world.sample is None else world.sample.shift
-            causal = CausalConfig(shift=shift)
-            _log.warning(
-                "this world was not post-trained to generate chunks: expect it to drift (docs/generation.md)"
-            )
+        causal = given.pop("causal", None) or causal_config(world)
         return cls(causal=causal, **{"keyboard": world.keyboard} | given)
+
+
+def causal_config(world: WorldConfig) -> CausalConfig:
+    """How a world generates chunks; one that was not made for it, as the published fast model does."""
+    if world.causal is not None:
+        return world.causal
+    _log.warning(
+        "this world was not post-trained to generate chunks: expect it to drift (docs/generation.md)"
+    )
+    return CausalConfig(shift=5.0 if world.sample is None else world.sample.shift)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,6 +141,10 @@ class Session:
         self.config = SessionConfig.of(world.config, **settings)
         self._model = next(iter(world.networks.values()))
         self._state: Snapshot | None = None
+        self._negative = None
+        if self.config.causal.guided:
+            text = self.config.causal.sample.negative_prompt
+            self._negative = multihost.to_host(self.world.encode_text([text]))
 
     def start(
         self,
@@ -210,7 +218,7 @@ class Session:
             latents, moved = device.advance(
                 self._model,
                 state.device,
-                state.host.tokens(),
+                self._branches(state.host.tokens()),
                 f32(relative),
                 f32(actions),
                 key,
@@ -286,7 +294,7 @@ class Session:
             )
             with jax.set_mesh(self.world.mesh):
                 changed = device.rebuild_cache(
-                    self._model, changed, tokens, self.world.attend, self.config.causal
+                    self._model, changed, self._branches(tokens), self.world.attend, self.config.causal
                 )
         self._state = dataclasses.replace(state, device=changed, host=host)
 
@@ -312,6 +320,10 @@ class Session:
         if self._state is None:
             raise RuntimeError("session: not running; call start(image, prompt, seed) first")
         return self._state
+
+    def _branches(self, tokens: Float[np.ndarray, "1 l d"]) -> Float[np.ndarray, "b l d"]:
+        """The text of a chunk's branches: with guidance that of the unconditional one as well."""
+        return tokens if self._negative is None else np.concatenate([tokens, self._negative])
 
     def _encode(self, prompt: str) -> Float[np.ndarray, "1 l d"]:
         require(bool(prompt.strip()), "prompt", prompt, "is empty")

@@ -214,6 +214,10 @@ class TrainConfig:
             names = sorted(self.teachers)
             known = ([], ["world"], ["high", "low"])
             require(names in known, "teachers", names, "must be world, or high and low")
+            few = self.world.causal.sample is None
+            require(
+                few, "world.causal.sample", self.world.causal.sample, "must be None: a student has few steps"
+            )
             share = self.tasks.continuation
             require(
                 share == 0,

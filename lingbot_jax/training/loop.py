@@ -65,11 +65,7 @@ def train(config: TrainConfig, evaluate: Evaluate | None = None, profile: str = 
         # --- State: a checkpoint of this run, else what `init` names, else random; on the first phase's mesh.
         checkpoints = Checkpoints(config.run, keep=config.checkpoint.keep)
         restored = checkpoints.restore(vars(places[0]))
-        if restored is None:
-            with multihost.agree_on_errors():
-                state = fresh_state(config, meshes[0], objective)
-        else:
-            state = TrainState(**restored)
+        state = fresh_state(config, meshes[0], objective) if restored is None else TrainState(**restored)
         start = int(state.step)
         writer = MetricsWriter(config.run, start) if jax.process_index() == 0 else None
 

@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 from lingbot_jax.config import ConfigError
 from lingbot_jax.models import params
 from lingbot_jax.models.control import is_adapter
+from lingbot_jax.parallel import multihost
 from lingbot_jax.training.config import POST_TRAINING, STUDENT, TrainConfig
 from lingbot_jax.training.networks import scores, templates, transformers
 from lingbot_jax.training.objectives import Objective
@@ -198,7 +199,8 @@ def read_init(config: TrainConfig, mesh: Mesh) -> dict[str, Arrays]:
 def fresh_state(config: TrainConfig, mesh: Mesh, objective: Objective) -> TrainState:
     """The state a new run starts from: random, with what `init` has in its place; made where it belongs."""
     counts = {name: objective.update_count(name) for name in templates(config)}
-    given = read_init(config, mesh)
+    with multihost.agree_on_errors():
+        given = read_init(config, mesh)
     placed = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(config, mesh, objective.trains, counts))
 
     def initial(given: dict[str, Arrays]) -> TrainState:

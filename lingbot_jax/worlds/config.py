@@ -81,6 +81,10 @@ class CausalConfig:
     context_noise: Annotated[float, Field(ge=0, le=1000, allow_inf_nan=False)] = Field(
         0.0, description="timestep of the cache-update pass"
     )
+    sample: SampleConfig | None = Field(
+        None,
+        description="many steps per chunk, guided, in place of levels: a causal world that was not distilled",
+    )
 
     def __post_init__(self):
         require(1 <= len(self.levels) <= 64, "levels", self.levels, "must name 1 to 64 levels")
@@ -92,6 +96,21 @@ class CausalConfig:
                 self.window >= least, "window", self.window, f"must hold sink + chunk = {least} latent frames"
             )
         self.few_steps()
+        if self.sample is not None:
+            scales = (self.sample.guidance.low, self.sample.guidance.high)
+            require(
+                scales[0] == scales[1], "sample.guidance", scales, "must be equal: a chunk has one network"
+            )
+
+    @property
+    def guided(self) -> bool:
+        """Whether every pass has an unconditional branch, with a cache of its own."""
+        return self.sample is not None and self.sample.guidance.guided
+
+    @property
+    def draws(self) -> int:
+        """Draws of noise per chunk."""
+        return len(self.levels) if self.sample is None else 1
 
     def few_steps(self) -> schedules.FewSteps:
         make = {"fast": schedules.fast, "warped": schedules.warped}[self.schedule]

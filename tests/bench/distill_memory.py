@@ -39,7 +39,9 @@ NETWORK = DiTConfig(
 
 def config(chunks: int, gradient: str = "cache") -> TrainConfig:
     """A run whose rollouts have up to `chunks` chunks of one latent frame; the gradient goes through the last 3."""
-    causal = CausalConfig(chunk=1, window=6, sink=1, schedule="warped", levels=(1000, 750, 500, 250), shift=5.0)
+    causal = CausalConfig(
+        chunk=1, window=6, sink=1, schedule="warped", levels=(1000, 750, 500, 250), shift=5.0
+    )
     head = DiscriminatorConfig(depths=(1, 3), width=128, heads=4)
     return micro.config(
         micro.ROOT,

@@ -13,11 +13,11 @@ import jax
 import jax.monitoring
 import numpy as np
 import psutil
-from lingbot_jax.rollout.stream import Session, SessionConfig
 
 from lingbot_jax.control import keyboard
-from lingbot_jax.rollout.causal import CausalConfig
-from tests.rollout.worlds import codec, text, world
+from lingbot_jax.rollout.session import Session
+from lingbot_jax.worlds.config import CausalConfig
+from tests.rollout.worlds import world
 
 WARM_UP = 60  # steps before the first measurement: the window is full and allocators have settled
 
@@ -28,9 +28,7 @@ def play(frames: int) -> str:
     Raises:
       AssertionError: something was compiled after the warm-up, or device arrays grew.
     """
-    session = Session(
-        world(), codec(), text(), SessionConfig(CausalConfig(chunk=3, window=15, sink=3), lead=3)
-    )
+    session = Session(world(), causal=CausalConfig(chunk=3, window=15, sink=3), conditioning_frames=3)
     rng = np.random.default_rng(0)
     session.start(rng.integers(0, 256, (48, 64, 3), np.uint8), "a hall", seed=1)
     compiled: list[str] = []
@@ -44,7 +42,9 @@ def play(frames: int) -> str:
             arrays, resident = sum(x.nbytes for x in jax.live_arrays()), process.memory_info().rss
             compiled.clear()
         if len(seconds) % 50 == 10:
-            session.say(f"a hall with light {len(seconds)}", chunks=2, reencode=len(seconds) % 100 == 10)
+            session.set_prompt(
+                f"a hall with light {len(seconds)}", chunks=2, rebuild_cache=len(seconds) % 100 == 10
+            )
         keys = rng.random(len(keyboard.KEYS)) < 0.3
         start = time.process_time()  # of all threads: what others do on this machine is not in it
         shown += len(session.step(keys))

@@ -32,11 +32,10 @@ from typing import Any
 import numpy as np
 
 from lingbot_jax.parallel.mesh import MeshConfig
+from tests import xla
 
 ROOT = pathlib.Path(__file__).parents[2]
 STEPS, SAVED, FRAMES, CLIPS = 6, 2, 9, 16
-# Programs run a few times on toy sizes: the time goes into compiling them.
-QUICK = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 
 
 def mesh_of(devices: int) -> MeshConfig:
@@ -46,9 +45,7 @@ def mesh_of(devices: int) -> MeshConfig:
 
 
 def environment(devices: int, cache: pathlib.Path) -> dict[str, str]:
-    flags = f"{QUICK} --xla_force_host_platform_device_count={devices}"
-    options = {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "JAX_COMPILATION_CACHE_DIR": str(cache)}
-    return os.environ | options | {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+    return os.environ | xla.environment(cache, devices)
 
 
 def run(command: list[str], devices: int, cache: pathlib.Path) -> str:

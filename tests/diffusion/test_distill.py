@@ -128,7 +128,7 @@ def distilled(key):
     params = (mlp(own, (2, 48, 48, 2)), mlp(fake, (6, 64, 64, 2)))
     schedule = lambda rate: optax.adam(optax.cosine_decay_schedule(rate, 500), 0.0, 0.99)
     optimizers = (schedule(3e-3), optax.adam(3e-3, 0.9, 0.99))
-    real = lambda x, s: distill.predict_x0(closed_form, x, s, (TARGET,))
+    real = lambda x, s: distill.predict_real(closed_form, x, s, (TARGET,), scores)
 
     def draws(key):
         z, noise, level = jax.random.split(key, 3)
@@ -272,7 +272,7 @@ def test_guidance_in_two_passes_or_one():
     noisy, cond, uncond = jax.random.normal(jax.random.key(0), (3, 2, 3, 2, 2, 4))
     sigma = jnp.array([[0.3], [0.8]])
     network = lambda x, timestep, c: timestep[:, :, None, None, None] * x + c
-    two = distill.predict_x0(network, noisy, sigma, (cond, uncond), 4.0)
+    two = distill.predict_real(network, noisy, sigma, (cond, uncond), ScoreConfig(guidance=4.0))
     one = distill.predict_x0(network, noisy, sigma, (jnp.concatenate([cond, uncond]),), 4.0)
     s = sigma[..., None, None, None]
     np.testing.assert_allclose(two, noisy - s * (1000 * s * noisy + uncond + 4 * (cond - uncond)), rtol=1e-4)

@@ -42,10 +42,10 @@ def first_block(model: WorldDiT, latents, timestep, condition, attend: Attend, p
     context = attend.context and attend.context.layer(attend.context.keys[0], attend.context.values[0])
     block = first(model.blocks)
     x, _ = block(
-        model.embed_latents(latents, None),
+        model.embed_latents(latents, model.embed_conditioning(condition)),
         model.time(timestep[..., None])[1],
         block.prepare_text(model.embed_text(condition.text)),
-        None,
+        block.prepare_control(model.embed_control(condition.control)),
         table,
         attend,
         context,

@@ -61,7 +61,7 @@ def fewstep(case: Case):
             ("timesteps_all", table.timesteps, EXACT),
             ("sigmas_all", table.sigmas, SIGMAS),
             ("timesteps", few.timesteps, EXACT),
-            ("sigmas", few.sigmas, SIGMAS),
+            ("sigmas", table.sigmas[list(indices)], SIGMAS),
             ("lookup_index", looked_up, EXACT),
             ("lookup_sigma", few.renoise, SIGMAS),
             ("add_noise", noised, Tolerance(rtol=1e-6)),

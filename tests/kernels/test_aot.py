@@ -1,4 +1,7 @@
-"""Every AOT case, compiled by the real TPU compiler for four generations at its real shape."""
+"""AOT cases, compiled by the real TPU compiler at their real shape: each case and each of four generations.
+
+All cases on all generations: `make bench ARGS=kernels`.
+"""
 
 import importlib.util
 import os
@@ -9,6 +12,8 @@ import pytest
 
 from kernels_pallas import aot_cases, shapes, tiles
 from tests.bench.static_cycles import TOPOLOGIES
+
+pytestmark = pytest.mark.long
 
 no_libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="no libtpu")
 CHIPS = list(TOPOLOGIES)
@@ -26,11 +31,15 @@ def devices():
 
 
 @no_libtpu
-@pytest.mark.parametrize("chip", CHIPS)
 @pytest.mark.parametrize(
-    "case",
+    ("case", "chip"),
     # A backward program contains the forward kernels of its mask, both forms, so these three are all six cases.
-    ["flash_full_backward", "flash_block_causal_backward", "cached_backward"],
+    [
+        ("flash_full_backward", "v5e"),
+        ("flash_full_backward", "tpu7x"),
+        ("flash_block_causal_backward", "v5p"),
+        ("cached_backward", "v6e"),
+    ],
 )
 def test_compiles(case, chip, devices):
     """Every kernel's VMEM is within its generation's, and HBM in proportion to the arrays' own size."""

@@ -21,6 +21,8 @@ from kernels_pallas.steps import CLEAR, MASKED, Plan, key_block, query_block
 from kernels_pallas.tiles import BackwardTiles, ForwardTiles, Tiles
 from tests.kernels import numpy_reference
 
+pytestmark = pytest.mark.long
+
 BF16 = jnp.bfloat16
 
 

@@ -10,17 +10,18 @@ import sys
 
 import pytest
 
+from tests import xla
+
+pytestmark = pytest.mark.long
+
 FOLDER = pathlib.Path(__file__).parent / "eight"
 
 
 @pytest.mark.parametrize("path", sorted(FOLDER.glob("check_*.py")), ids=lambda p: p.stem)
 def test_on_eight_devices(path):
-    # Programs run once here, on toy sizes: the time goes into compiling them.
-    flags = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
-    flags += " --xla_llvm_disable_expensive_passes=true"
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-o", "python_files=check_*.py", "--durations=3", str(path)],
-        env=os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
+        env=os.environ | {"XLA_FLAGS": xla.flags(8), "JAX_PLATFORMS": "cpu"},
         capture_output=True,
         text=True,
         timeout=600,

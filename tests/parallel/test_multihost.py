@@ -16,6 +16,7 @@ from lingbot_jax.parallel import multihost
 from lingbot_jax.parallel.mesh import MeshConfig, make_mesh
 from lingbot_jax.worlds import checksums, storage
 from lingbot_jax.worlds.checkpoints import Checkpoints
+from tests import xla
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -25,7 +26,7 @@ def two(case: str, folder: pathlib.Path) -> list[tuple[int, str, str]]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    flags = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+    flags = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": xla.flags(2)}
     command = [sys.executable, "-m", "tests.parallel.test_multihost", case, str(folder), str(port)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     made = [subprocess.Popen([*command, str(i)], cwd=ROOT, env=os.environ | flags, **pipes) for i in range(2)]

@@ -13,10 +13,11 @@ import pytest
 from lingbot_jax.config import ConfigError
 from lingbot_jax.parallel import multihost
 from lingbot_jax.training.config import CheckpointConfig, Phase
+from tests import xla
 from tests.training import micro
 
-# The programs are toys: time goes into compiling them, so optimise little.
-FAST = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+pytestmark = pytest.mark.long
+
 STEPS = 12
 # First each process has samples of its own, then both share the tokens of the same ones.
 PHASES = (
@@ -37,7 +38,7 @@ def start(folder, run: str, steps: int = STEPS, **fields) -> list[subprocess.Pop
         subprocess.Popen(
             [*command, f"--process={i}"],
             cwd=micro.ROOT,
-            env=os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": FAST},
+            env=os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": xla.flags()},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -62,7 +63,7 @@ def finish(processes: list[subprocess.Popen]) -> None:
 
 def alone(*arguments, devices: int = 1) -> str:
     """Runs a program of `one_process`."""
-    flags = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": f"{FAST} --xla_force_host_platform_device_count={devices}"}
+    flags = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": xla.flags(devices)}
     done = subprocess.run(
         [sys.executable, "-m", "tests.parallel.one_process", *map(str, arguments)],
         cwd=micro.ROOT,

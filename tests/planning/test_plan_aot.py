@@ -24,6 +24,8 @@ from lingbot_jax.training import step  # noqa: E402
 from lingbot_jax.training.config import Phase, TaskConfig, TrainConfig  # noqa: E402
 from lingbot_jax.worlds.config import WorldConfig  # noqa: E402
 
+pytestmark = pytest.mark.long
+
 NETWORK = DiTConfig(
     dim=512, layers=2, heads=4, ffn=1024, text_dim=64, text_len=48, control="none", remat="full"
 )

@@ -16,6 +16,8 @@ from lingbot_jax.rollout.cache import KVCache
 from lingbot_jax.worlds.config import CausalConfig
 from tests.rollout.worlds import TINY, network
 
+pytestmark = pytest.mark.long
+
 H, W = 2, 4  # latent pixels: 2 tokens per latent frame
 FRAMES = 12
 

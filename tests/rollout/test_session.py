@@ -11,13 +11,16 @@ import pytest
 
 from lingbot_jax.config import ConfigError
 from lingbot_jax.control import keyboard, plucker, poses
+from lingbot_jax.diffusion.guidance import Guidance
 from lingbot_jax.models.attention import Attend
 from lingbot_jax.models.codec import to_uint8
 from lingbot_jax.rollout import causal, masks
 from lingbot_jax.rollout.cache import KVCache
 from lingbot_jax.rollout.session import Session, SessionConfig
-from lingbot_jax.worlds.config import CausalConfig, KeyboardConfig, PoseConfig
+from lingbot_jax.worlds.config import CausalConfig, KeyboardConfig, PoseConfig, SampleConfig
 from tests.rollout.worlds import TINY, TINY_WORLD, codec, network, text, world
+
+pytestmark = pytest.mark.long
 
 CAUSAL = TINY_WORLD.causal
 IMAGE = np.random.default_rng(0).integers(0, 256, (16, 32, 3), np.uint8)
@@ -64,6 +67,25 @@ def test_a_restored_snapshot_and_a_branch_continue_identically():
     dark = play(other, 3, TURN)
     np.testing.assert_array_equal(play(session, 3, TURN), expected)  # the branch left the trunk alone
     assert any((a != b).any() for a, b in zip(dark, expected, strict=True))
+
+
+def many_steps(scale: float, negative: str = "") -> CausalConfig:
+    sample = SampleConfig(3, 2.0, "unipc", Guidance(low=scale, high=scale), negative)
+    return dataclasses.replace(CAUSAL, sample=sample)
+
+
+def test_guided_chunks():
+    """A negative prompt that is the prompt changes nothing; another one does; the text of both is in the cache."""
+    plain = play(begin(causal=many_steps(1.0)), 3)
+    same = begin(causal=many_steps(3.0, "a hall"))
+    for a, b in zip(plain, play(same, 3), strict=True):
+        assert np.abs(a.astype(int) - b).max() <= 1  # guided sums round otherwise
+    other = begin(causal=many_steps(3.0, "a forest"))
+    assert (play(other, 3)[-1] != plain[-1]).mean() > 0.1
+    other.set_prompt("night", rebuild_cache=True)
+    play(other, 1)
+    cache = other.snapshot().device.cache
+    assert cache.keys.shape[1] == 2 and (cache.keys[:, 0] != cache.keys[:, 1]).any()
 
 
 def test_steps_equal_a_rollout_of_the_whole_clip():

@@ -1,6 +1,5 @@
-"""One data set, one cache of compiled programs and one uninterrupted run for all tests of this folder."""
+"""One data set and one uninterrupted run for all tests of this folder."""
 
-import jax
 import pytest
 
 from tests.training import micro
@@ -9,12 +8,8 @@ from tests.training import micro
 @pytest.fixture(scope="package")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("training")
-    with pytest.MonkeyPatch.context() as patch:
-        before = micro.share_compilations(folder / "compiled", patch.setenv)
-        micro.make_data(folder)
-        yield folder
-        for name, value in before.items():
-            jax.config.update(name, value)
+    micro.make_data(folder)
+    return folder
 
 
 @pytest.fixture(scope="package")

@@ -14,6 +14,7 @@ import tempfile
 import time
 
 from lingbot_jax.training.config import CheckpointConfig, Phase, TrainConfig
+from tests import xla
 from tests.training import micro
 
 
@@ -64,7 +65,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = pathlib.Path(name)
         micro.make_data(folder)
-        micro.share_compilations(folder / "compiled", os.environ.__setitem__)
+        os.environ |= xla.environment(folder / "compiled")
         fields = {
             "world": micro.world_config("high", "low"),
             "steps": options.steps,
@@ -75,7 +76,7 @@ def main() -> None:
             ),
         }
         whole = micro.config(folder, "whole", **fields)
-        micro.train(whole)
+        assert micro.start(whole).wait() == 0
         kills = check(
             micro.config(folder, "killed", **fields), micro.losses_of(whole), options.cycles, options.seed
         )

@@ -6,7 +6,6 @@ import os
 import pathlib
 import subprocess
 import sys
-from collections.abc import Callable
 
 import jax
 import numpy as np
@@ -84,25 +83,6 @@ def make_data(folder: pathlib.Path, clips: int = 16) -> pathlib.Path:
     video = np.stack([c.frames for c in made]).astype(np.float32) / 127.5 - 1
     write_codec(folder / "codec", fit_linear([video], LinearCodecConfig(channels=8)))
     return data
-
-
-def share_compilations(folder: pathlib.Path, setenv: Callable[[str, str], None]) -> dict[str, object]:
-    """All runs of the tests, in this process and in others, keep compiled programs in one place.
-
-    Returns:
-      the options as they were in this process.
-    """
-    options = {
-        "jax_compilation_cache_dir": str(folder),
-        "jax_persistent_cache_min_compile_time_secs": 0,
-        "jax_persistent_cache_min_entry_size_bytes": -1,
-        "jax_disable_most_optimizations": True,  # a few steps: compiling them is all the work there is
-    }
-    before = {name: jax.config.values[name] for name in options}
-    for name, value in options.items():
-        setenv(name.upper(), str(value))
-        jax.config.update(name, value)
-    return before
 
 
 def world_config(*names: str, network: DiTConfig = NETWORK, **fields: object) -> WorldConfig:

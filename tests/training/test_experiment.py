@@ -25,6 +25,8 @@ from lingbot_jax.worlds.open import params_folder, write_bundle_config
 from lingbot_jax.worlds.world import template
 from tests.training import micro
 
+pytestmark = pytest.mark.long
+
 
 def one_device():
     return make_mesh(micro.mesh(), jax.devices()[:1])

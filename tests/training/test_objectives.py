@@ -20,6 +20,8 @@ from lingbot_jax.worlds.condition import Camera, Conditioning, conditioning_fram
 from lingbot_jax.worlds.world import template
 from tests.training import micro
 
+pytestmark = pytest.mark.long
+
 KEY = jax.random.key(0)
 NULL = -jnp.ones((1, micro.NETWORK.text_len, micro.NETWORK.text_dim))
 

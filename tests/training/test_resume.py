@@ -17,6 +17,8 @@ from lingbot_jax.training.config import OptimizerConfig
 from tests.training import kill_cycles, micro
 from tests.training.test_experiment import restored
 
+pytestmark = pytest.mark.long
+
 
 def saved(config) -> list[int]:
     folder = pathlib.Path(config.run) / "checkpoints"

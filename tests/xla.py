@@ -1,0 +1,21 @@
+"""How the tests compile: hardly optimised, as programs run a few times on toy sizes, and into one cache."""
+
+import os
+import pathlib
+
+UNOPTIMIZED = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+
+
+def flags(devices: int = 1) -> str:
+    """XLA_FLAGS of a process with that many virtual CPU devices."""
+    return f"{UNOPTIMIZED} --xla_force_host_platform_device_count={devices}"
+
+
+def environment(cache: str | os.PathLike, devices: int = 1) -> dict[str, str]:
+    """What is added to the environment of a process; `cache`: where compiled programs are kept."""
+    return {
+        "XLA_FLAGS": flags(devices),
+        "JAX_PLATFORMS": "cpu",
+        "JAX_COMPILATION_CACHE_DIR": os.fspath(pathlib.Path(cache)),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
