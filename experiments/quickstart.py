@@ -1,6 +1,9 @@
 """The whole path in minutes on a CPU: collect, fit the codec, train, generate, evaluate, report (`make demo`).
 
-python -m experiments.quickstart [--fresh] [--root=runs/demo] [--set=STAGE.FIELD=VALUE ...]
+python -m experiments.quickstart [--long] [--source=vizdoom] [--fresh] [--root=runs/demo] [--set=STAGE.FIELD=VALUE ...]
+
+The world is one of generated places; --source=vizdoom takes a game instead (its engine's licence is non-commercial).
+--long trains the shipped world for hours (experiments/configs/shipped.py), under runs/shipped.
 
 Every stage is an experiment of its own, run with the command that is shown. Running it twice reuses what is
 there and goes on where it stopped; --fresh starts over. Ends with ROOT/report.html and ROOT/metrics.json.
@@ -16,6 +19,7 @@ import subprocess
 import sys
 import threading
 import time
+import types
 from collections.abc import Callable
 
 import numpy as np
@@ -26,7 +30,7 @@ from rich.table import Table
 
 from experiments import common
 from experiments.common import UserError
-from experiments.configs import tiny
+from experiments.configs import shipped, tiny
 from lingbot_jax.data.crops import crops
 from lingbot_jax.data.video import write_image
 from lingbot_jax.evaluation.report import Report, plot_lines
@@ -35,13 +39,18 @@ from lingbot_jax.models.text import HashedNgramEncoder, is_truncated
 from lingbot_jax.training.metrics import read_metrics
 from lingbot_jax.training.run_dir import load_config
 
-ROOT = flags.DEFINE_string("root", "runs/demo", "folder of everything the demo makes")
+ROOT = flags.DEFINE_string(
+    "root", None, "folder of everything that is made; default: runs/demo, with --long runs/shipped"
+)
+LONG = flags.DEFINE_bool("long", False, "train the shipped world, for hours, in place of the tiny one")
+SOURCE = flags.DEFINE_enum(
+    "source", None, ["rendered", "vizdoom"], "where clips come from; default: as the config says, rendered"
+)
 FRESH = flags.DEFINE_bool("fresh", False, "remove what an earlier run made, and start over")
 SET = flags.DEFINE_multi_string(
     "set", [], "STAGE.FIELD=VALUE: a config override of one stage, e.g. world.steps=100"
 )
 
-CONFIG = "experiments/configs/tiny.py"
 KEYS = "w-8,j-8,w-8,l-8"  # of the walk: 33 frames
 TARGETS = {"true_over_frozen": 2.0, "true_over_other": 1.5, "minutes": 12.0, "peak_rss_gib": 6.0}
 
@@ -52,7 +61,8 @@ class Stage:
 
     Attributes:
       out: what it makes, a file or a folder. arguments: known once it is its turn.
-      flag: prefix of its fields on the command line. resumes: goes on with a half-made `out` by itself.
+      settings: the config file's module. flag: prefix of its fields on the command line.
+      resumes: goes on with a half-made `out` by itself.
     """
 
     name: str
@@ -60,12 +70,13 @@ class Stage:
     experiment: str
     out: pathlib.Path
     arguments: Callable[[], list[str]]
+    settings: types.ModuleType
     flag: str = "--config."
     resumes: bool = True
 
     def config(self) -> str | None:
         """What the config file says of this stage, so that an edited file is noticed."""
-        return repr(tiny.get_config(self.name).to_dict()) if self.flag == "--config." else None
+        return repr(self.settings.get_config(self.name).to_dict()) if self.flag == "--config." else None
 
     def command(self, overrides: list[str]) -> list[str]:
         return [sys.executable, "-m", f"experiments.{self.experiment}", *self.arguments(), *overrides]
@@ -76,33 +87,38 @@ class Stage:
         return bool(entry) and entry["done"] and same()
 
 
-def stages(root: pathlib.Path) -> list[Stage]:
+def stages(root: pathlib.Path, settings: types.ModuleType = tiny, source: str | None = None) -> list[Stage]:
+    """Every stage of a world.
+
+    Args:
+      settings: module of the config file, tiny or shipped. source: of the clips; None: the config's.
+    """
     data, codec, world, action = root / "data", root / "codec", root / "world", root / "action"
     walk, out = root / "walk", root / "evaluation"
+    file = f"experiments/configs/{settings.__name__.rpartition('.')[2]}.py"
 
     def config(name: str, **fields: pathlib.Path) -> Callable[[], list[str]]:
         paths = [f"--config.{field.replace('__', '.')}={path}" for field, path in fields.items()]
-        return lambda: [f"--config={CONFIG}:{name}", *paths]
+        return lambda: [f"--config={file}:{name}", *paths]
 
     trained = {"codec": codec, "data__path": data}
-    return [
-        Stage("collect", "Play the game", "collect", data, config("collect", out=data)),
-        Stage(
-            "codec", "Fit the latent codec", "fit_codec", codec, config("codec", out=codec, data__path=data)
-        ),
-        Stage("world", "Train the world model", "train", world, config("world", run=world, **trained)),
-        Stage(
+    collected = {"out": data} | ({"source": source} if source else {})
+    plan = [
+        ("collect", "Collect clips", "collect", data, config("collect", **collected)),
+        ("codec", "Fit the latent codec", "fit_codec", codec, config("codec", out=codec, data__path=data)),
+        ("world", "Train the world model", "train", world, config("world", run=world, **trained)),
+        (
             "action",
             "Train the action adapters",
             "train",
             action,
             config("action", run=action, init=world, **trained),
         ),
-        Stage(
-            "walk", "Walk through an unseen map", "generate", walk, lambda: walk_arguments(root), "--", False
-        ),
-        Stage("evaluate", "Measure held-out clips", "evaluate", out, config("evaluate", run=action, out=out)),
+        ("walk", "Walk through an unseen place", "generate", walk, lambda: walk_arguments(root)),
+        ("evaluate", "Measure held-out clips", "evaluate", out, config("evaluate", run=action, out=out)),
     ]
+    own = {"walk": {"flag": "--", "resumes": False}}  # flags in place of a config, and made at one go
+    return [Stage(*entry, settings, **own.get(entry[0], {})) for entry in plan]
 
 
 def walk_arguments(root: pathlib.Path) -> list[str]:
@@ -185,11 +201,12 @@ def run_stage(stage: Stage, command: list[str], log: dict, path: pathlib.Path) -
 
 
 def main() -> None:
-    root, console = pathlib.Path(ROOT.value), Console()
+    settings = shipped if LONG.value else tiny
+    root, console = pathlib.Path(ROOT.value or settings.ROOT), Console()
     if FRESH.value and root.exists():
         shutil.rmtree(root)
     root.mkdir(parents=True, exist_ok=True)
-    plan, log_path = stages(root), root / "stages.json"
+    plan, log_path = stages(root, settings, SOURCE.value), root / "stages.json"
     prefixes = {stage.name: stage.flag for stage in plan}
     overrides: dict[str, list[str]] = {name: [] for name in prefixes}
     for item in SET.value:
@@ -201,7 +218,7 @@ def main() -> None:
     log = json.loads(log_path.read_text()) if log_path.exists() else {}
     done = lambda stage: stage.out.exists() and stage.ended(log.get(stage.name), overrides[stage.name])
     first = next((i for i, stage in enumerate(plan) if not done(stage)), len(plan))
-    table = Table("stage", "what", "state", title=f"lingbot_jax demo in {root}")
+    table = Table("stage", "what", "state", title=f"lingbot_jax world in {root}")
     for number, stage in enumerate(plan):
         table.add_row(stage.name, stage.title, "there" if number < first else "to do")
     console.print(table)
@@ -252,8 +269,8 @@ def write_report(root: pathlib.Path, plan: list[Stage], log: dict) -> dict:
 
     true, frozen, other = (metrics[f"psnr_{k}"] for k in ("true_keys", "frozen", "other_keys"))
     report = Report(
-        "A small world model, learnt from a game in minutes",
-        f"{metrics['train_steps']} steps on this CPU, from frames that a player collected in Doom's engine. "
+        "A small world model, learnt on a CPU",
+        f"{metrics['train_steps']} steps on this CPU, from frames that a player collected. "
         "It is given one picture and the keys, and imagines the rest.",
     )
     report.cards(
@@ -273,7 +290,7 @@ def write_report(root: pathlib.Path, plan: list[Stage], log: dict) -> dict:
             (f"{peak:.1f} GiB", "resident memory at most (target 6)", peak <= TARGETS["peak_rss_gib"]),
         ]
     )
-    report.heading("A walk through a map that was never seen")
+    report.heading("A walk through a place that was never seen")
     report.text(
         f"One given picture, then the keys {KEYS}: forward, a turn to the left, forward, a turn to the right. "
         "Each window of frames continues the last frames of the one before; the picture fades from window to "
@@ -282,7 +299,7 @@ def write_report(root: pathlib.Path, plan: list[Stage], log: dict) -> dict:
     report.video("walk/video.mp4")
     report.heading("Held-out clips: truth, generated with the true keys, generated with another clip's keys")
     report.text(
-        f"The maps of these {evaluation['clips']} clips were never trained on. Every generated clip starts from the "
+        f"The places of these {evaluation['clips']} clips were never trained on. Every generated clip starts from the "
         "true first frame; the third column walks through the same world with keys it was not recorded with."
     )
     report.video("evaluation/generated.mp4")

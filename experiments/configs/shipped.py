@@ -10,13 +10,31 @@ python -m experiments.evaluate  --config=experiments/configs/shipped.py:evaluate
 
 from ml_collections import ConfigDict
 
-from experiments.configs.schema import FitCodecConfig
+from experiments.configs import tiny
+from experiments.configs.schema import EvaluateConfig, FitCodecConfig
 from lingbot_jax.config import template
 from lingbot_jax.engine.collect.config import CollectConfig
+from lingbot_jax.training.config import TrainConfig
 
 ROOT = "runs/shipped"
 CHANNELS = 64
 YAW = 3.0  # degrees per frame of a looking key
+
+NETWORK = tiny.NETWORK | {
+    "dim": 192,
+    "layers": 6,
+    "heads": 6,
+    "ffn": 768,
+    "latent_channels": CHANNELS,
+    "text_len": 40,  # a place, people and two weathers
+}
+
+WORLD = tiny.WORLD | {
+    "networks": {"world": NETWORK},
+    "codec": {"kind": "conv", "channels": CHANNELS},
+    "text": {"kind": "ngram", "dim": NETWORK["text_dim"], "length": NETWORK["text_len"]},
+    "caption": "scene",  # what the weather has become by the end of the crop
+}
 
 
 def _collect() -> ConfigDict:
@@ -50,8 +68,43 @@ def _codec() -> ConfigDict:
     return template(FitCodecConfig, fields)
 
 
+def _train(stage: str) -> ConfigDict:
+    start = {} if stage == "world" else {"init": f"{ROOT}/world"}
+    fields = {
+        "run": f"{ROOT}/{stage}",
+        "stage": stage,
+        "steps": {"world": 12000, "action": 500}[stage],
+        "codec": f"{ROOT}/codec",
+        "world": WORLD,
+        "data": {"path": f"{ROOT}/data", "frames": 17, "batch": 16},
+        "tasks": {"continuation": 0.5, "max_conditioning_frames": 4},
+        "flow": {"shift": 12.0},
+        "optimizer": {
+            "algorithm": "muon",
+            "learning_rate": 2e-3,
+            "warmup": 100,
+            "decay": "cosine",
+            "b2": 0.99,
+            "ema": 0.998,
+        },
+        "checkpoint": {"every": 500},
+    }
+    return template(TrainConfig, start | fields)
+
+
+def _evaluate() -> ConfigDict:
+    return template(EvaluateConfig, {"run": f"{ROOT}/action", "out": f"{ROOT}/evaluation"})
+
+
 def get_config(experiment: str = "world") -> ConfigDict:
-    made = {"collect": _collect, "collect_long": _collect_long, "codec": _codec}
+    made = {
+        "collect": _collect,
+        "collect_long": _collect_long,
+        "codec": _codec,
+        "world": lambda: _train("world"),
+        "action": lambda: _train("action"),
+        "evaluate": _evaluate,
+    }
     if experiment not in made:
         raise ValueError(f"shipped.py:{experiment}: unknown experiment; choose one of {', '.join(made)}")
     return made[experiment]()

@@ -1,4 +1,4 @@
-"""The tiny world: trains on a laptop CPU in minutes on real game frames.
+"""The tiny world: trains on a laptop CPU in minutes, on generated places or (--config.source=vizdoom) on a game.
 
 One argument names the experiment; `make demo` runs collect, codec, world, action and evaluate in this order,
 under runs/demo. `causal` makes of the action world one that is played chunk after chunk, `distill` lets it learn
@@ -21,8 +21,10 @@ from lingbot_jax.engine.collect.config import CollectConfig
 from lingbot_jax.training.config import TrainConfig
 
 ROOT = "runs/demo"
-CHANNELS = 32
+CHANNELS = 48
 YAW = 3.0  # degrees per frame of a turning key
+
+CODEC = {"kind": "conv", "channels": CHANNELS}
 
 NETWORK = {
     "dim": 128,
@@ -43,7 +45,8 @@ NETWORK = {
 
 WORLD = {
     "networks": {"world": NETWORK},
-    "codec": {"kind": "linear", "channels": CHANNELS},
+    "codec": CODEC,
+    "caption": "scene",  # the place, and the weather at the end of the crop
     "text": {"kind": "ngram", "dim": NETWORK["text_dim"], "length": NETWORK["text_len"]},
     # One game has one scale, and poses relative to the first frame say where the camera is looking.
     "pose": {"reference": "first", "translation": "metric"},
@@ -67,14 +70,13 @@ def _data() -> dict:
 
 
 def _collect() -> ConfigDict:
-    fields = {"out": f"{ROOT}/data", "clips": 1280, "held_out": 96, "yaw": YAW, "compression": "uncompressed"}
-    return template(CollectConfig, fields)
+    fields = {"out": f"{ROOT}/data", "clips": 1280, "held_out": 96, "yaw": YAW, "clips_per_map": 4}
+    return template(CollectConfig, fields | {"compression": "uncompressed"})
 
 
 def _codec() -> ConfigDict:
-    return template(
-        FitCodecConfig, {"out": f"{ROOT}/codec", "data": _data(), "codec": {"channels": CHANNELS}}
-    )
+    data = _data() | {"frames": 9, "batch": 8}
+    return template(FitCodecConfig, {"out": f"{ROOT}/codec", "data": data, "codec": CODEC, "steps": 300})
 
 
 def _train(stage: str, steps: int, **fields: object) -> ConfigDict:

@@ -34,8 +34,8 @@ _RESIDUAL = (
 )
 _SAME = ((1, 1), (1, 1))
 Latents = Float[Array, "b t h w c"]
-Video = Float[Array, "b f h w 3"]
-Batches = Callable[[], Iterable[Float[np.ndarray, "b f h w 3"]]]
+Video = Float[Array, "b f H W 3"]
+Batches = Callable[[], Iterable[Float[Array | np.ndarray, "b f H W 3"]]]
 
 
 class Block(nnx.Module):
