@@ -8,7 +8,7 @@ seeds and shapes runs as well.
 
 Prints `case tensor max_abs max_rel PASS|FAIL` a tensor, then `N passed, N failed`. It fails on a tensor out
 of tolerance, a wrong shape, a non-finite number, an exception, an array of the case that no handler looked
-at, an unknown case, and a folder without cases. Cases in PENDING are printed as `SKIP` with their reason.
+at, an unknown case, and a folder without cases.
 """
 
 import argparse
@@ -26,11 +26,6 @@ import numpy as np
 from safetensors.numpy import load_file
 
 import tests.goldens
-
-# Known cases of work that does not exist yet: prefix -> reason.
-PENDING = {
-    "dmd": "distribution matching distillation is post-training, not written yet",
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -168,10 +163,6 @@ def run(folder: pathlib.Path) -> int:
     passed = failed = 0
     names = case_names(folder)
     for name in names:
-        reason = None if match(name, table) else match(name, PENDING)
-        if reason:
-            print(f"{name} - SKIP {reason}", flush=True)
-            continue
         for result in run_case(folder, name, table):
             print(result, flush=True)
             passed += result.passed

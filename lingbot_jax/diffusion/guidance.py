@@ -1,6 +1,6 @@
 """Classifier-free guidance: uncond + g (cond - uncond), with one scale per expert.
 
-Distillation's real score uses the other convention, cond + g (cond - uncond): its g is this one's g - 1.
+Published distillation writes its real score as cond + g (cond - uncond): its g is this one's g - 1 (`distill`).
 """
 
 from collections.abc import Callable

@@ -28,6 +28,7 @@ from lingbot_jax.models.layers import (
     PatchEmbedding,
     gelu,
     layer_norm,
+    rematerialised,
     sinusoid,
     unpatchify,
 )
@@ -35,6 +36,7 @@ from lingbot_jax.models.params import normal, param, stack, zeros
 from lingbot_jax.parallel.sharding import constrain_tokens, gathered
 
 AnyArray = Array | np.ndarray
+Features = Float[Array, "depths b t p d"]
 
 
 @jax.tree_util.register_dataclass
@@ -175,29 +177,6 @@ class Head(nnx.Module):
         return self.projection(layer_norm(x, self.eps) * (1 + scale) + shift)
 
 
-def _rematerialised(body, policy: str):
-    """Wraps the body of the scan over layers; what each policy keeps between forward and backward:
-
-    none: everything. full: the input of each block. dots: outputs of the matrix products as well.
-    offload: the input of each block, in host memory.
-    """
-    policies = jax.checkpoint_policies
-    if policy == "none":
-        return body
-    keep = {
-        "full": policies.nothing_saveable,
-        "dots": policies.dots_with_no_batch_dims_saveable,
-        "offload": policies.save_and_offload_only_these_names(
-            names_which_can_be_saved=[],
-            names_which_can_be_offloaded=["block_input"],
-            offload_src="device",
-            offload_dst="pinned_host",
-        ),
-    }
-    # Inside a scan XLA cannot merge the recomputation with the forward pass, so CSE needs no barrier.
-    return jax.checkpoint(body, policy=keep[policy], prevent_cse=False)
-
-
 class WorldDiT(nnx.Module):
     """One expert (paper section 3.2.1). A pure function of its parameters and inputs."""
 
@@ -288,7 +267,8 @@ class WorldDiT(nnx.Module):
         attend: Attend = Attend(),  # noqa: B008 - frozen
         positions: Int[Array, "t"] | None = None,
         return_kv: bool = False,
-    ) -> Float32[Array, "b t h w c"] | tuple[Float32[Array, "b t h w c"], KV]:
+        depths: tuple[int, ...] = (),
+    ) -> Float32[Array, "b t h w c"] | tuple[Float32[Array, "b t h w c"], KV | Features]:
         """Velocity (noise minus clean latent) of noisy latents.
 
         Args:
@@ -298,6 +278,7 @@ class WorldDiT(nnx.Module):
           attend: what may attend to what, and how.
           positions: latent frame indices for the rotary time axis; 0, 1, ... if None.
           return_kv: also return the keys and values of all layers, to be cached.
+          depths: also return the output of these blocks, counted from 0, `[depths b t p d]`; not with return_kv.
 
         Raises:
           ConfigError: shapes that do not fit the model.
@@ -325,20 +306,29 @@ class WorldDiT(nnx.Module):
             positions = jnp.arange(t, dtype=jnp.int32)
         table = rope.rotary(positions, height // rows, width // columns, config.head_dim, config.rope_theta)
         timestep = timestep[..., None] if timestep.ndim == 2 else timestep
+        # Where a block's output is kept; those that nobody asked for overwrite each other in a place of their own.
+        slots = np.full(config.layers, len(depths))
+        slots[list(depths)] = np.arange(len(depths))
         head_time, block_time = self.time(timestep.astype(jnp.float32))
 
-        def body(x, layer):
-            block, prepared, cached = layer
+        def body(carried, layer):
+            (x, features), (block, prepared, cached, slot) = carried, layer
             x = checkpoint_name(x, "block_input")
             own = (block.prepare_text(text), block.prepare_control(control)) if prepared is None else prepared
             context = None if cached is None else attend.context.layer(*cached)
             x, kv = block(x, block_time, *own, table, attend, context)
-            return constrain_tokens(x), kv if return_kv else None
+            x = constrain_tokens(x)
+            features = features.at[slot].set(x) if depths else None
+            return (x, features), kv if return_kv else None
 
         cached = None if attend.context is None else (attend.context.keys, attend.context.values)
         x = constrain_tokens(self.embed_latents(latents, base))
-        x, kv = jax.lax.scan(_rematerialised(body, config.remat), x, (self.blocks, prepared, cached))
+        features = jnp.zeros((len(depths) + 1, *x.shape), x.dtype) if depths else None
+        layers = (self.blocks, prepared, cached, slots if depths else None)
+        (x, features), kv = jax.lax.scan(rematerialised(body, config.remat), (x, features), layers)
         velocity = unpatchify(self.head(x, head_time), height, width, config.patch)
+        if depths:
+            return velocity, features[: len(depths)]
         if not return_kv:
             return velocity
         return velocity, KV(*(y.reshape(config.layers, b, -1, *y.shape[-2:]) for y in kv))

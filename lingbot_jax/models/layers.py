@@ -145,3 +145,26 @@ def sinusoid(timestep: Float[Array, "*n"], features: int) -> Float32[Array, "*n 
     half = features // 2
     cos, sin = cos_sin(timestep, np.power(10000.0, -np.arange(half) / half))
     return jnp.concatenate([cos, sin], -1)
+
+
+def rematerialised(body, policy: str):
+    """Wraps the body of the scan over layers; what each policy keeps between forward and backward:
+
+    none: everything. full: the input of each block. dots: outputs of the matrix products as well.
+    offload: the input of each block, in host memory.
+    """
+    policies = jax.checkpoint_policies
+    if policy == "none":
+        return body
+    keep = {
+        "full": policies.nothing_saveable,
+        "dots": policies.dots_with_no_batch_dims_saveable,
+        "offload": policies.save_and_offload_only_these_names(
+            names_which_can_be_saved=[],
+            names_which_can_be_offloaded=["block_input"],
+            offload_src="device",
+            offload_dst="pinned_host",
+        ),
+    }
+    # Inside a scan XLA cannot merge the recomputation with the forward pass, so CSE needs no barrier.
+    return jax.checkpoint(body, policy=keep[policy], prevent_cse=False)
