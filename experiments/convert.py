@@ -35,8 +35,9 @@ _TO = flags.DEFINE_enum("to", "bundle", ["bundle", "published"], "what to write"
 _DTYPE = flags.DEFINE_enum(
     "dtype",
     None,
-    ["bfloat16", "float32", "keep"],
-    "of stored transformers and text encoder; default: keep from a bundle or folder to published, else bfloat16",
+    ["bfloat16", "float32", "int8", "keep"],
+    "of stored transformers and text encoder (int8: bundles only, a scale per output); default: keep from a bundle or "
+    "folder to published, else bfloat16",
 )
 _CONTROL = flags.DEFINE_enum(
     "control", None, list(CONTROL_CHANNELS), "control channels, where a checkpoint folder does not say them"

@@ -23,9 +23,10 @@ from lingbot_jax.convert.read import differences, first_few, read_layer
 from lingbot_jax.files import is_remote
 from lingbot_jax.models import params
 from lingbot_jax.models.config import UMT5Config, VAEConfig
-from lingbot_jax.worlds import storage
+from lingbot_jax.worlds import quantization, storage
 from lingbot_jax.worlds.config import EXPERTS, WorldConfig
 from lingbot_jax.worlds.open import BUNDLE, RUN, Source, find, params_folder
+from lingbot_jax.worlds.quantization import SCALE
 from lingbot_jax.worlds.world import CODEC, TEXT, modules, template
 
 Read = Callable[[str, int | None], np.ndarray]  # path, layer (None: of an array that is not stacked)
@@ -55,7 +56,7 @@ class Part:
         return [
             (path, layer)
             for path, spec in self.specs.items()
-            for layer in (range(spec.shape[0]) if path in layers else (None,))
+            for layer in (range(spec.shape[0]) if path.removesuffix(SCALE) in layers else (None,))
         ]
 
 
@@ -183,7 +184,7 @@ def _of_world(path: str, source: Source) -> Contents:
             open_part = functools.partial(_open_run, owner, name, wanted)
             parts.append(Part(name, described, wanted, len(wanted), open_part))
             continue
-        stored = storage.Reader(params_folder(owner.path, name)).specs
+        stored = quantization.Reader(params_folder(owner.path, name)).specs
         storage.check_fit(f"{owner.path}: {name}", stored, wanted)
         open_part = functools.partial(_open_bundle, params_folder(owner.path, name))
         parts.append(Part(name, described, {p: stored[p] for p in wanted}, len(wanted), open_part))
@@ -193,7 +194,7 @@ def _of_world(path: str, source: Source) -> Contents:
 
 
 def _open_bundle(folder: epath.Path) -> Read:
-    return storage.Reader(folder).read
+    return quantization.Reader(folder).read
 
 
 def _open_run(source: Source, name: str, wanted: storage.Specs) -> Read:

@@ -13,6 +13,7 @@ from lingbot_jax.models.config import (
     VAEConfig,
 )
 from lingbot_jax.worlds.config import WorldConfig
+from lingbot_jax.worlds.quantization import SCALE
 
 
 def describe(contents: Contents, dtype: StoredDtype = "keep") -> list[str]:
@@ -34,7 +35,7 @@ def describe(contents: Contents, dtype: StoredDtype = "keep") -> list[str]:
 
 
 def parameters(part: Part) -> int:
-    return sum(int(np.prod(spec.shape)) for spec in part.specs.values())
+    return sum(int(np.prod(s.shape)) for path, s in part.specs.items() if not path.endswith(SCALE))
 
 
 def amount(number: int, unit: str = "") -> str:

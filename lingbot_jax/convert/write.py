@@ -29,9 +29,10 @@ from lingbot_jax.worlds import manifest, storage
 from lingbot_jax.worlds.config import WorldConfig
 from lingbot_jax.worlds.manifest import Starts
 from lingbot_jax.worlds.open import BUNDLE, TOKENIZER, bundle_text, params_folder, write_bundle_config
+from lingbot_jax.worlds.quantization import SCALE, quantize, quantized
 from lingbot_jax.worlds.world import CODEC
 
-StoredDtype = Literal["keep", "bfloat16", "float32"]
+StoredDtype = Literal["keep", "bfloat16", "float32", "int8"]
 Progress = Callable[[str, int], None]  # network, bytes written since the last call
 SHARD_BYTES = 4 << 30
 _DTYPES: dict[str, Any] = {"bfloat16": ml_dtypes.bfloat16, "float32": np.float32}
@@ -42,16 +43,23 @@ def cast(part: Part, dtype: StoredDtype) -> Part:
 
     The codec keeps its dtype: it is small, and its rounding would show in the picture.
     """
-    stored = {}
-    for path, spec in part.specs.items():
-        kept = dtype == "keep" or part.name == CODEC
-        stored[path] = jax.ShapeDtypeStruct(spec.shape, spec.dtype if kept else np.dtype(_DTYPES[dtype]))
+    kept = dtype == "keep" or part.name == CODEC
+    if dtype == "int8" and not kept:
+        stored = quantized(part.specs)
+    else:
+        kind = lambda spec: spec.dtype if kept else np.dtype(_DTYPES[dtype])
+        stored = {p: jax.ShapeDtypeStruct(s.shape, kind(s)) for p, s in part.specs.items()}
 
     def start() -> Read:
         read = part.open()
 
         def read_cast(path: str, layer: int | None) -> np.ndarray:
-            value = read(path, layer).astype(stored[path].dtype)
+            own = path.removesuffix(SCALE)
+            value = read(own, layer)
+            if own + SCALE in stored:
+                _check_finite(value, part.name, own, layer)
+                return quantize(value)[path != own]
+            value = value.astype(stored[path].dtype)
             _check_finite(value, part.name, path, layer)
             return value
 
@@ -125,6 +133,7 @@ def to_published(
       ConfigError: see `to_bundle`; or the world cannot be said in published terms.
     """
     contents.check()
+    require(dtype != "int8", "dtype", dtype, "only of a bundle: published names have no place for scales")
     require(not is_remote(out), "out", str(out), "published folders are written to a disk")
     if isinstance(contents.config.text, NgramConfig):
         raise ConfigError(

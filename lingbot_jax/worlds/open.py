@@ -21,7 +21,7 @@ from lingbot_jax.models import params
 from lingbot_jax.models.config import NgramConfig
 from lingbot_jax.models.text import HashedNgramEncoder, TextEncoder, UMT5Encoder, load_tokenizer
 from lingbot_jax.parallel.mesh import MeshConfig, make_mesh
-from lingbot_jax.worlds import manifest, storage
+from lingbot_jax.worlds import manifest, quantization, storage
 from lingbot_jax.worlds.checkpoints import Checkpoints
 from lingbot_jax.worlds.config import WorldConfig
 from lingbot_jax.worlds.world import CODEC, TEXT, Arrays, World, assemble, modules, specs, template
@@ -52,7 +52,7 @@ class Source:
             return find(self.codec).read(name, wanted)
         if self.run:
             return Checkpoints(self.path, read_only=True).averaged(name, wanted)
-        return storage.read(params_folder(self.path, name), wanted)
+        return quantization.read(params_folder(self.path, name), wanted)
 
     def tokenizer(self) -> epath.Path:
         return find(self.codec).tokenizer() if self.codec is not None else self.path / TOKENIZER

@@ -101,11 +101,15 @@ async def talks_nonsense(url: str, rng: random.Random, tally: Tally, messages: i
                         return
 
             reading = asyncio.create_task(looked_at())
-            for _ in range(messages):
-                tally.counts["nonsense"] += 1
-                await socket.send(fuzzed(rng))
-            await socket.send(json.dumps({"type": "ping", "t": -1, "shown": 0}))
-            await reading
+            try:
+                for _ in range(messages):
+                    tally.counts["nonsense"] += 1
+                    await socket.send(fuzzed(rng))
+                await socket.send(json.dumps({"type": "ping", "t": -1, "shown": 0}))
+            finally:
+                await asyncio.gather(
+                    reading, return_exceptions=True
+                )  # ends with the connection at the latest
             socket.transport.abort()
             tally.counts["heard out"] += 1
     except GONE:
