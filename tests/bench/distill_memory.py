@@ -1,9 +1,10 @@
 """Compiled peak of the student's step of stage `distill` at 7, 28 and 112 chunks of rollout and a fixed K.
 
-    python -m tests.bench distill_memory
+    python -m tests.bench distill_memory [TOPOLOGY]
 
-Nothing runs: the step of a model whose parameters outweigh its latents is compiled for this machine. The last line of
-stdout is one JSON object: `peak_bytes` by chunks, and `ratio` of the largest to the smallest.
+Nothing runs: the step of a model whose parameters outweigh its latents is compiled, for this machine or for one chip of
+a TPU topology (v5p:2x2x1). The last line of stdout is one JSON object: `peak_bytes` by chunks, and `ratio` of the
+largest to the smallest.
 """
 
 import json
@@ -14,6 +15,7 @@ from lingbot_jax.models.config import DiTConfig
 from lingbot_jax.models.discriminator import DiscriminatorConfig
 from lingbot_jax.parallel import sharding
 from lingbot_jax.parallel.mesh import make_mesh
+from lingbot_jax.planning.programs import topology_devices
 from lingbot_jax.training.config import TaskConfig, TrainConfig
 from lingbot_jax.training.post_training import DistillConfig
 from lingbot_jax.training.start import objective_of
@@ -37,8 +39,8 @@ NETWORK = DiTConfig(
 )
 
 
-def config(chunks: int, gradient: str = "cache") -> TrainConfig:
-    """A run whose rollouts have up to `chunks` chunks of one latent frame; the gradient goes through the last 3."""
+def config(chunks: int, last: int = 3) -> TrainConfig:
+    """A run whose rollouts have up to `chunks` chunks of one latent frame; the gradient goes through the last ones."""
     causal = CausalConfig(
         chunk=1, window=6, sink=1, schedule="warped", levels=(1000, 750, 500, 250), shift=5.0
     )
@@ -50,10 +52,10 @@ def config(chunks: int, gradient: str = "cache") -> TrainConfig:
         init="unused",
         world=micro.world_config(network=NETWORK, sample=None, causal=causal),
         teachers={"high": NETWORK, "low": NETWORK},
-        data=micro.DataConfig(path="unused", frames=4 * chunks - 3, batch=1),
+        data=micro.DataConfig(path="unused", frames=4 * chunks - 3, batch=4),
         tasks=TaskConfig(continuation=0.0),
-        distill=DistillConfig(shortest=5, window=5, gradient_chunks=3, gradient=gradient, head=head),
-        size=(32, 32),
+        distill=DistillConfig(shortest=5, window=5, gradient_chunks=last, head=head),
+        size=(64, 64),
         curriculum=(),
     )
 
@@ -78,10 +80,8 @@ def peak_bytes(config: TrainConfig, devices: list[jax.Device]) -> int:
 
 
 def main(arguments: list[str]) -> None:
-    if arguments:
-        raise SystemExit("bench: distill_memory takes no arguments")
-    found = {}
+    devices, found = topology_devices(*arguments) if arguments else jax.devices(), {}
     for chunks in CHUNKS:
-        found[chunks] = peak_bytes(config(chunks), jax.devices()[:1])
+        found[chunks] = peak_bytes(config(chunks), devices[:1])
         print(f"{chunks} chunks: {found[chunks] / 1e6:.1f} MB", flush=True)
     print(json.dumps({"peak_bytes": found, "ratio": max(found.values()) / min(found.values())}), flush=True)

@@ -34,6 +34,7 @@ from lingbot_jax.worlds import storage
 from lingbot_jax.worlds.clips import Encoded
 from lingbot_jax.worlds.condition import Camera, Conditioning, camera_window
 from lingbot_jax.worlds.config import CausalConfig, PoseConfig
+from tests.bench import distill_memory
 from tests.rollout.worlds import TINY, codec, network
 from tests.training import micro
 
@@ -244,27 +245,38 @@ def test_turns_of_critic_student_and_experts():
     assert not objective.trains("real_high", "blocks.ffn.up.kernel")
 
 
-def test_losses_reach_the_networks_that_they_train_alone():
-    """Exactly zero elsewhere, although the losses read them."""
+def test_the_head_teaches_the_student_and_never_the_fake_score():
+    """Two heads, one of them mirrored: what does not depend on the head is equal bit for bit."""
     config = distill_config(micro.ROOT, "unused", init="unused")
     own = CausalConfig(chunk=2, window=6, sink=2, schedule="warped", levels=(1000, 500), shift=3.0)
-    config = dataclasses.replace(config, world=dataclasses.replace(config.world, causal=own))
-    head = config.distill.head
+    distill = dataclasses.replace(config.distill, gradient_chunks=1, scores=ScoreConfig(guidance=1.0))
+    config = dataclasses.replace(config, world=dataclasses.replace(config.world, causal=own), distill=distill)
     networks = {name: network(TINY, seed) for seed, name in enumerate(("world", "real_low", "fake_low"))}
-    template, rng = params.abstract(lambda key: Discriminator(head, TINY, key)), np.random.default_rng(0)
-    arrays = {p: jnp.float32(rng.normal(size=leaf.shape)) for p, leaf in params.arrays_of(template).items()}
-    networks["head"] = params.with_arrays(template, arrays)
+    template = params.abstract(lambda key: Discriminator(distill.head, TINY, key))
+    rng, shapes = np.random.default_rng(0), params.arrays_of(template)
+    arrays = {path: jnp.float32(rng.normal(size=leaf.shape)) for path, leaf in shapes.items()}
+    heads = [
+        params.with_arrays(template, arrays | {"classify.kernel": s * arrays["classify.kernel"]})
+        for s in (1, -1)
+    ]
     constants = Constants(jnp.zeros((1, TINY.text_len, TINY.text_dim)), codec())
 
-    def moved(loss) -> set[str]:
-        run = lambda n: loss(config, "low", n, clips(), constants, KEY, Attend())[0]
-        found = jax.jit(jax.grad(run))(networks)
-        return {name for name, tree in found.items() if any(np.abs(x).max() for x in jax.tree.leaves(tree))}
+    def gradients(loss, *names: str) -> list[dict]:
+        @jax.jit
+        @jax.grad
+        def run(trained, head):
+            given = networks | {"head": head} | trained
+            return loss(config, "low", given, clips(), constants, KEY, Attend())[0]
 
-    # The student's loss reads real score, fake score and head with the gradient left in; `Update.networks` of the step
-    # says what of that is used.
-    assert moved(student_loss) == {"world", "fake_low", "head"}
-    assert moved(critic_loss) == {"fake_low", "head"}
+        both = [run({name: networks[name] for name in names}, head) for head in heads]
+        return [{name: params.arrays_of(tree) for name, tree in found.items()} for found in both]
+
+    one, other = gradients(critic_loss, "world", "fake_low")
+    jax.tree.map(np.testing.assert_array_equal, one["fake_low"], other["fake_low"])
+    assert any(np.abs(leaf).max() > 0 for leaf in one["fake_low"].values())
+    assert all((leaf == 0).all() for leaf in one["world"].values()), "the critic's samples are constants"
+    one, other = gradients(student_loss, "world")
+    assert relative(one["world"], other["world"]) > 1e-3
 
 
 def stored(config, step: int) -> dict[str, np.ndarray]:
@@ -310,3 +322,11 @@ def test_what_does_not_fit_is_refused_in_one_line(folder, whole):
         micro.train(
             dataclasses.replace(config, teachers={}, world=dataclasses.replace(config.world, boundary=0.5))
         )
+
+
+def test_peak_memory_of_the_student_s_step_does_not_grow_with_the_rollout():
+    """A short form of `python -m tests.bench distill_memory`; one more chunk with a gradient is seen."""
+    devices = jax.devices()[:1]
+    short, long = (distill_memory.peak_bytes(distill_memory.config(chunks), devices) for chunks in (7, 28))
+    assert short <= long < 1.01 * short
+    assert distill_memory.peak_bytes(distill_memory.config(7, last=4), devices) > 1.005 * short
