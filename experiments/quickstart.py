@@ -44,7 +44,11 @@ ROOT = flags.DEFINE_string(
 )
 LONG = flags.DEFINE_bool("long", False, "train the shipped world, for hours, in place of the tiny one")
 SOURCE = flags.DEFINE_enum(
-    "source", None, ["rendered", "vizdoom"], "where clips come from; default: as the config says, rendered"
+    "source",
+    None,
+    ["rendered", "vizdoom"],
+    "where clips come from; default: as the config says, rendered",
+    allow_override=True,  # convert has one too
 )
 FRESH = flags.DEFINE_bool("fresh", False, "remove what an earlier run made, and start over")
 SET = flags.DEFINE_multi_string(

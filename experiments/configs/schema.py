@@ -77,3 +77,31 @@ class EvaluateConfig:
 
     def __post_init__(self):
         require(self.shown <= self.clips, "shown", self.shown, f"must be at most clips = {self.clips}")
+
+
+@config
+class CompareConfig:
+    """Of experiments.compare."""
+
+    teacher: Path = Field(description="the run that was distilled: bidirectional, many steps")
+    causal: Path = Field(description="the causal run before distillation")
+    distilled: Path = Field(description="the run of stage distill")
+    path: Path = Field(description="folder of a data set with held-out clips that are long enough")
+    out: Path = Field(description="folder to write")
+    frames: Annotated[int, Field(gt=1, le=100_001)] = Field(
+        129, description="video frames of a clip: whole chunks, as long as the table is to reach"
+    )
+    clips: Annotated[int, Field(ge=1, le=4096)] = Field(8, description="how many are generated")
+    found: Annotated[int, Field(ge=1, le=65536)] = Field(
+        12, description="held-out clips that they are taken from: those whose scene stays as it is"
+    )
+    overlap: PositiveInt = Field(5, description="teacher: frames that a window takes over, 4n + 1")
+    plays: Annotated[int, Field(ge=1, le=1024)] = Field(4, description="long walks of each causal model")
+    seconds: Annotated[Positive, Field(le=36000)] = Field(60.0, description="of a long walk")
+    fps: Annotated[Positive, Field(le=1000)] = Field(16.0, description="video frames per second")
+    shown: Annotated[int, Field(gt=0, le=64)] = Field(3, description="clips in the video and the sheet")
+
+    def __post_init__(self):
+        for name in ("plays", "shown"):
+            value = getattr(self, name)
+            require(value <= self.clips, name, value, f"must be at most clips = {self.clips}")
