@@ -110,6 +110,7 @@ async def talks_nonsense(url: str, rng: random.Random, tally: Tally, messages: i
                 await asyncio.gather(
                     reading, return_exceptions=True
                 )  # ends with the connection at the latest
+            reading.result()
             socket.transport.abort()
             tally.counts["heard out"] += 1
     except GONE:
