@@ -26,6 +26,7 @@ DATA = [
     "av>=18",
     "grain>=0.2.18,<0.3",
     "opencv-python-headless>=4.13",
+    "panda3d>=1.10.16,<1.11",
     "vizdoom>=1.3.2,<1.4",  # engine licence: non-commercial, see README
 ]
 SERVE = ["av>=18"]

@@ -1,6 +1,7 @@
-"""Collects clips from a game: frames, keys, camera poses (docs/data.md).
+"""Collects clips from generated places or a game: frames, keys, camera poses (docs/data.md).
 
-    python -m experiments.collect --config=experiments/configs/tiny.py:collect --config.clips=64
+    python -m experiments.collect --config=experiments/configs/tiny.py:collect --config.clips=64 \\
+        --config.source=vizdoom
 
 Run it again to go on where it stopped. Needs the extra `data`.
 """
@@ -13,7 +14,8 @@ CONFIG = common.define_config(CollectConfig)
 
 def main() -> None:
     config = common.load(CONFIG, CollectConfig)
-    common.need("data", "vizdoom", "cv2", "array_record", "psutil")
+    engine = {"rendered": "panda3d", "vizdoom": "vizdoom"}[config.source]
+    common.need("data", engine, "cv2", "array_record", "psutil")
     from lingbot_jax.engine.collect.collector import collect
 
     print(collect(config))

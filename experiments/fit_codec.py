@@ -9,18 +9,24 @@ or not at all; where it is there already, and was fitted by the same config, not
 import dataclasses
 import json
 import time
+from collections.abc import Iterator
 
 import jax
 import numpy as np
 from etils import epath
+from jaxtyping import Array, Float
 
 from experiments import common
 from experiments.configs.schema import FitCodecConfig
 from lingbot_jax.data.crops import crops
+from lingbot_jax.data.loader import BatchStream, Dataset
 from lingbot_jax.evaluation.video import clip_psnr
 from lingbot_jax.files import whole_folder
 from lingbot_jax.models import params
 from lingbot_jax.models.codec import LinearCodec, fit_linear, to_float, to_uint8
+from lingbot_jax.models.config import LinearCodecConfig
+from lingbot_jax.models.conv_codec import ConvCodec, fit_conv
+from lingbot_jax.training.codec import train_codec
 from lingbot_jax.worlds import storage
 from lingbot_jax.worlds.config import WorldConfig
 from lingbot_jax.worlds.open import params_folder, write_bundle_config
@@ -39,8 +45,7 @@ def main() -> None:
         return
     start = time.monotonic()
     with whole_folder(config.out, field="config.out") as folder:
-        training = crops(config.data, "train", config.clips)
-        codec = fit_linear((to_float(batch["frames"]) for batch in training), config.codec)
+        codec = fit(config)
         write(folder, codec, made)
     print(f"fitted {config.codec.channels} channels in {time.monotonic() - start:.1f} s: {config.out}")
 
@@ -50,7 +55,26 @@ def main() -> None:
     print(f"reconstruction of {len(psnr)} held-out clips: PSNR {psnr.mean():.2f} dB")
 
 
-def write(folder: epath.Path, codec: LinearCodec, made: dict) -> None:
+def fit(config: FitCodecConfig) -> LinearCodec | ConvCodec:
+    """The codec of the config, on its training clips."""
+
+    def batches() -> Iterator[Float[Array, "b f h w 3"]]:
+        return (to_float(batch["frames"]) for batch in crops(config.data, "train", config.clips))
+
+    if isinstance(config.codec, LinearCodecConfig):
+        return fit_linear(batches(), config.codec)
+    codec = fit_conv(batches, config.codec, jax.random.key(config.seed))
+    if not config.steps:
+        return codec
+    stream = BatchStream(Dataset(config.data, "train"), range(config.data.batch), start=0)
+    try:
+        frames = lambda step: next(stream)["frames"]
+        return train_codec(codec, frames, config.steps, config.learning_rate, config.noise, config.seed)
+    finally:
+        stream.close()
+
+
+def write(folder: epath.Path, codec: LinearCodec | ConvCodec, made: dict) -> None:
     """The bundle; bundle.json last, since it marks the folder as one."""
     storage.write(params_folder(folder, CODEC), params.arrays_of(codec))
     (folder / FITTED).write_text(json.dumps(made, indent=2) + "\n")

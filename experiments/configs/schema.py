@@ -4,11 +4,11 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from lingbot_jax.config import Path, Positive, PositiveInt, Seed, config, require
+from lingbot_jax.config import Count, NonNegative, Path, Positive, PositiveInt, Seed, config, require
 from lingbot_jax.data.config import DataConfig
 from lingbot_jax.diffusion.guidance import Scale
 from lingbot_jax.diffusion.solvers import SolverName
-from lingbot_jax.models.config import LinearCodecConfig
+from lingbot_jax.models.config import ConvCodecConfig, LinearCodecConfig
 
 Side = Annotated[int, Field(gt=0, le=16384)]
 
@@ -19,8 +19,22 @@ class FitCodecConfig:
 
     out: Path = Field(description="the codec: a bundle folder to write, local or gs://")
     data: DataConfig = Field(description="the clips")
-    codec: LinearCodecConfig = Field(LinearCodecConfig(), description="its sizes")
-    clips: PositiveInt = Field(640, description="training clips that it is fitted on, the first ones")
+    codec: Annotated[LinearCodecConfig | ConvCodecConfig, Field(discriminator="kind")] = Field(
+        LinearCodecConfig(), description="its sizes"
+    )
+    clips: PositiveInt = Field(
+        640, description="training clips that linear parts are fitted on, the first ones"
+    )
+    steps: Count = Field(
+        400, description="conv: updates of the networks, data.batch crops of data.frames each"
+    )
+    learning_rate: Annotated[Positive, Field(le=10)] = Field(
+        0.03, description="conv: of Muon, in spectral norm"
+    )
+    noise: Annotated[NonNegative, Field(le=10)] = Field(
+        0.05, description="conv: standard deviation of noise on the latents while the decoder trains"
+    )
+    seed: Seed = Field(0, description="conv: of the networks and the noise")
     held_out: PositiveInt = Field(64, description="held-out clips that its reconstruction is measured on")
 
 

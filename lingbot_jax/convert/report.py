@@ -4,7 +4,14 @@ import numpy as np
 
 from lingbot_jax.convert.contents import Contents, Part
 from lingbot_jax.convert.write import StoredDtype, cast, nbytes
-from lingbot_jax.models.config import DiTConfig, LinearCodecConfig, NgramConfig, UMT5Config, VAEConfig
+from lingbot_jax.models.config import (
+    CodecConfig,
+    ConvCodecConfig,
+    DiTConfig,
+    NgramConfig,
+    UMT5Config,
+    VAEConfig,
+)
 from lingbot_jax.worlds.config import WorldConfig
 
 
@@ -50,7 +57,7 @@ def _arrays(part: Part, dtype: StoredDtype) -> str:
     return f"{amount(parameters(part))} parameters in {part.tensors} tensors, {stored}"
 
 
-def sizes(config: DiTConfig | LinearCodecConfig | VAEConfig | NgramConfig | UMT5Config) -> str:
+def sizes(config: DiTConfig | CodecConfig | NgramConfig | UMT5Config) -> str:
     """The sizes of a network in one line."""
     if isinstance(config, DiTConfig):
         kind = "image to video" if config.image_condition else "text to video"
@@ -65,7 +72,8 @@ def sizes(config: DiTConfig | LinearCodecConfig | VAEConfig | NgramConfig | UMT5
             f"umT5, dim {config.dim}, layers {config.layers}, heads {config.heads}, vocabulary {config.vocab}, length "
             f"{config.length}"
         )
-    kind = f"Wan VAE, width {config.width}" if isinstance(config, VAEConfig) else "linear codec"
+    names = {VAEConfig: "Wan VAE, width {0.width}", ConvCodecConfig: "convolutional codec, width {0.width}"}
+    kind = names.get(type(config), "linear codec").format(config)
     return f"{kind}, {config.channels} channels, stride {' x '.join(map(str, config.stride))}"
 
 

@@ -48,11 +48,12 @@ class ClipError(ConfigError):
 
 @dataclasses.dataclass(frozen=True)
 class Event:
-    """What happens from `start` to `end` (seconds of the clip's timestamps)."""
+    """What happens from `start` to `end` (seconds of the clip's timestamps): to the camera, or in the scene."""
 
     start: float
     end: float
     text: str
+    kind: Literal["camera", "scene"] = "camera"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,6 +63,11 @@ class Captions:
     narrative: str
     static: str
     temporal: tuple[Event, ...]
+
+    def scene(self, second: float) -> str:
+        """The static caption, and the latest event in the scene that has begun by then."""
+        begun = [e for e in self.temporal if e.kind == "scene" and e.start <= second]
+        return " ".join([self.static, *(e.text for e in begun[-1:])])
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -170,6 +176,10 @@ def _validate_metadata(clip: Clip) -> None:
         _check(
             numbers and 0 <= event.start <= event.end < math.inf,
             f"captions.temporal: {event.start} .. {event.end} s is no span",
+        )
+        _check(
+            event.kind in ("camera", "scene"),
+            f"captions.temporal: kind {event.kind!r}: must be camera or scene",
         )
 
 

@@ -2,7 +2,8 @@
 
 A codec turns video `b f h w 3` in [-1, 1] into normalised latents `b t hl wl c` and back, causally in time:
 the first frame alone, then groups of `stride[0]` frames, so f = st * (t - 1) + 1 and a prefix of the frames
-is encoded into a prefix of the latents. The Wan 2.1 VAE (`vae.py`) stands behind the same interface.
+is encoded into a prefix of the latents. The convolutional codec (`conv_codec.py`) and the Wan 2.1 VAE (`vae.py`)
+stand behind the same interface.
 """
 
 import math
@@ -18,7 +19,7 @@ from jaxtyping import Array, Float, Shaped
 
 from lingbot_jax.config import ConfigError
 from lingbot_jax.models import params
-from lingbot_jax.models.config import LinearCodecConfig, VAEConfig
+from lingbot_jax.models.config import ConvCodecConfig, LinearCodecConfig, VAEConfig
 from lingbot_jax.models.params import ones, param, zeros
 
 Stream = Any  # a pytree of static structure, threaded through decode_chunk
@@ -28,7 +29,7 @@ Stream = Any  # a pytree of static structure, threaded through decode_chunk
 class Codec(Protocol):
     """What the rest of the system needs of a codec. All methods are pure."""
 
-    config: LinearCodecConfig | VAEConfig
+    config: LinearCodecConfig | ConvCodecConfig | VAEConfig
 
     def encode(self, video: Float[Array, "b f h w 3"]) -> Float[Array, "b t hl wl c"]:
         """Video in [-1, 1] to normalised latents (about zero mean, unit variance)."""
@@ -69,7 +70,7 @@ class LinearCodec(nnx.Module):
         self.config = config
 
     def encode(self, video: Float[Array, "b f h w 3"]) -> Float[Array, "b t hl wl c"]:
-        return (_patches(video, self.config) - self.mean[...]) @ self.basis[...] / self.scale[...]
+        return (patches_of(video, self.config) - self.mean[...]) @ self.basis[...] / self.scale[...]
 
     def decode(self, latents: Float[Array, "b t hl wl c"]) -> Float[Array, "b f h w 3"]:
         return self.decode_chunk(latents, (), first=True)[0]
@@ -83,13 +84,21 @@ class LinearCodec(nnx.Module):
         st, sh, sw = self.config.stride
         patches = latents * self.scale[...] @ self.basis[...].T + self.mean[...]
         groups = rearrange(patches, "b t h w (s p q c) -> b t s (h p) (w q) c", s=st, p=sh, q=sw, c=3)
-        video = rearrange(groups[:, first:], "b t s h w c -> b (t s) h w c")
-        if first:
-            video = jnp.concatenate([groups[:, 0].mean(1, keepdims=True), video], axis=1)
-        return jnp.clip(video, -1.0, 1.0), stream
+        return jnp.clip(first_frame_alone(groups, first), -1.0, 1.0), stream
 
 
-def _patches(video: Float[Array, "b f h w 3"], config: LinearCodecConfig) -> Float[Array, "b t hl wl i"]:
+def first_frame_alone(groups: Float[Array, "b t s h w c"], first: bool) -> Float[Array, "b f h w c"]:
+    """Groups of frames as a video; where they open it, the first group stands for one frame, its mean."""
+    video = rearrange(groups[:, first:], "b t s h w c -> b (t s) h w c")
+    if not first:
+        return video
+    return jnp.concatenate([groups[:, 0].mean(1, keepdims=True), video], axis=1)
+
+
+def patches_of(
+    video: Float[Array, "b f h w 3"], config: LinearCodecConfig | ConvCodecConfig
+) -> Float[Array, "b t hl wl i"]:
+    """Space-time patches; the first frame is repeated to fill its own."""
     st, sh, sw = config.stride
     config.latent_frames(video.shape[1])
     still = repeat(video[:, :1], "b 1 h w c -> b s h w c", s=st)
@@ -111,7 +120,7 @@ def fit_linear(batches: Iterable[Float[np.ndarray, "b f h w 3"]], config: Linear
     moments = jax.jit(lambda x: (x.sum(0), x.T @ x))
     total, first, second = 0, 0.0, 0.0
     for video in batches:
-        x = _patches(jnp.asarray(video), config).reshape(-1, 3 * int(np.prod(config.stride)))
+        x = patches_of(jnp.asarray(video), config).reshape(-1, 3 * int(np.prod(config.stride)))
         s1, s2 = moments(x)
         total, first, second = total + len(x), first + np.float64(s1), second + np.float64(s2)
     if not total:

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from lingbot_jax.config import Inside, Number, Positive, PositiveInt, config, require
+from lingbot_jax.config import Fraction, Inside, Number, Positive, PositiveInt, config, require
 from lingbot_jax.control.plucker import CONTROL_CHANNELS, Control
 
 DType = Literal["float32", "bfloat16"]
@@ -123,6 +123,32 @@ class LinearCodecConfig(_Strided):
         return self.strides
 
 
+@config
+class ConvCodecConfig(_Strided):
+    """Principal components, and a decoder that sees across the borders of patches (`conv_codec.ConvCodec`)."""
+
+    kind: Literal["conv"] = Field("conv", description="which codec")
+    channels: Size = Field(64, description="latent channels")
+    strides: tuple[Stride, Stride, Stride] = Field(
+        (4, 8, 8), description="pixels (time, height, width) of a latent; the last two even"
+    )
+    width: Size = Field(64, description="channels of the decoder's convolutions")
+    blocks: Stride = Field(3, description="of the decoder")
+    whitening: Fraction = Field(
+        0.5, description="0: latents keep the proportions of pixels; 1: every component has variance 1"
+    )
+
+    def __post_init__(self):
+        features = 3 * math.prod(self.strides)
+        require(self.channels <= features, "channels", self.channels, f"must be in 1..{features}")
+        even = self.strides[1] % 2 == 0 and self.strides[2] % 2 == 0
+        require(even, "strides", self.strides, "those of height and width must be even")
+
+    @property
+    def stride(self) -> tuple[int, int, int]:
+        return self.strides
+
+
 # fmt: off
 # Published moments of the 16 latent channels over the training videos.
 MEAN = (-0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508,
@@ -167,7 +193,7 @@ class VAEConfig(_Strided):
         return (2 ** sum(self.time_strides), space, space)
 
 
-CodecConfig = Annotated[LinearCodecConfig | VAEConfig, Field(discriminator="kind")]
+CodecConfig = Annotated[LinearCodecConfig | ConvCodecConfig | VAEConfig, Field(discriminator="kind")]
 
 
 @config

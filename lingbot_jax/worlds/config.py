@@ -13,7 +13,7 @@ from lingbot_jax.models.config import CodecConfig, DiTConfig, TextConfig
 
 BOUNDARY = 0.947  # of the published model, as a noise fraction
 EXPERTS = ("high", "low")  # names of the two networks of a world of noise experts (paper section 3.2.1)
-Caption = Literal["narrative", "static"]
+Caption = Literal["narrative", "static", "scene"]
 
 
 @config
@@ -132,7 +132,9 @@ class WorldConfig:
     boundary: Inside = Field(BOUNDARY, description="noise level from which on the expert `high` is used")
     null_text: Text = Field("", description="the text that stands for no text, in training and in guidance")
     caption: Caption = Field(
-        "static", description="the caption of a clip that is its prompt; static leaves motion to control"
+        "static",
+        description="the caption of a clip that is its prompt; static leaves motion to control, scene adds what has "
+        "come to be by the end of the clip (weather)",
     )
     sample: SampleConfig | None = Field(
         None, description="how whole clips are sampled; None: not a world of that kind"

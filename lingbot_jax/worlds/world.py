@@ -14,7 +14,16 @@ from lingbot_jax.config import ConfigError
 from lingbot_jax.models import params
 from lingbot_jax.models.attention import Attend
 from lingbot_jax.models.codec import Codec, LinearCodec
-from lingbot_jax.models.config import DiTConfig, LinearCodecConfig, NgramConfig, UMT5Config, VAEConfig
+from lingbot_jax.models.config import (
+    CodecConfig,
+    ConvCodecConfig,
+    DiTConfig,
+    LinearCodecConfig,
+    NgramConfig,
+    UMT5Config,
+    VAEConfig,
+)
+from lingbot_jax.models.conv_codec import ConvCodec
 from lingbot_jax.models.dit import WorldDiT
 from lingbot_jax.models.text import UMT5, TextEncoder
 from lingbot_jax.models.vae import WanVAE
@@ -26,7 +35,13 @@ if TYPE_CHECKING:
     from lingbot_jax.rollout.session import Session
 
 Arrays = dict[str, jax.Array]
-MODULES = {DiTConfig: WorldDiT, LinearCodecConfig: LinearCodec, VAEConfig: WanVAE, UMT5Config: UMT5}
+MODULES = {
+    DiTConfig: WorldDiT,
+    LinearCodecConfig: LinearCodec,
+    ConvCodecConfig: ConvCodec,
+    VAEConfig: WanVAE,
+    UMT5Config: UMT5,
+}
 CODEC, TEXT = "codec", "text"  # names of the other two modules beside those of the networks
 
 
@@ -72,7 +87,7 @@ class World:
 _encode_text = jax.jit(lambda encoder, tokens: encoder(tokens))
 
 
-def template(config: DiTConfig | LinearCodecConfig | VAEConfig | UMT5Config) -> Any:
+def template(config: DiTConfig | CodecConfig | UMT5Config) -> Any:
     """The abstract module of a config; nothing is allocated."""
     return _template(config)
 
@@ -102,7 +117,7 @@ def specs(module: Any, mesh: Mesh, dtype: Any = None) -> dict[str, jax.ShapeDtyp
       ConfigError: sizes that the mesh does not divide.
     """
     arrays = params.arrays_of(module)
-    if isinstance(module, LinearCodec | WanVAE):
+    if isinstance(module, LinearCodec | ConvCodec | WanVAE):
         whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
         places = dict.fromkeys(arrays, whole)
     else:

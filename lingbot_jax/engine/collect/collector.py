@@ -39,8 +39,7 @@ from lingbot_jax.data.records import (
 from lingbot_jax.data.schema import SCHEMA_VERSION, decode, encode
 from lingbot_jax.engine.collect import engines
 from lingbot_jax.engine.collect.config import CollectConfig
-from lingbot_jax.engine.collect.source import Shard, Source, plan
-from lingbot_jax.engine.collect.vizdoom_source import EngineLost, VizdoomSource
+from lingbot_jax.engine.collect.source import EngineLost, Shard, Source, plan
 from lingbot_jax.files import reached, write_whole
 
 TRIES = 3  # of a shard, when its engine or its process dies
@@ -72,11 +71,18 @@ class Summary:
         )
 
 
-def vizdoom_source(config: CollectConfig, work: Path, shard: Shard) -> Source:
+def configured_source(config: CollectConfig, work: Path, shard: Shard) -> Source:
+    """The source that the config names; only its engine is imported."""
+    if config.source == "rendered":
+        from lingbot_jax.engine.collect.rendered_source import RenderedSource
+
+        return RenderedSource(config)
+    from lingbot_jax.engine.collect.vizdoom_source import VizdoomSource
+
     return VizdoomSource(config, work, [task.map for task in shard.tasks])
 
 
-def collect(config: CollectConfig, make_source: MakeSource = vizdoom_source) -> Summary:
+def collect(config: CollectConfig, make_source: MakeSource = configured_source) -> Summary:
     """Makes the shards that are missing in `config.out`, then writes dataset.json beside them.
 
     Args:

@@ -9,7 +9,9 @@ import dataclasses
 from typing import Literal, Protocol
 
 import numpy as np
+from jaxtyping import Float
 
+from lingbot_jax.control.keyboard import rotation_x
 from lingbot_jax.data.schema import Clip
 from lingbot_jax.engine.collect.config import CollectConfig
 
@@ -52,12 +54,34 @@ class Shard:
     tasks: tuple[Task, ...]
 
 
+class EngineLost(RuntimeError):
+    """The engine died or does not do what it is told; start another one."""
+
+
 class Source(Protocol):
     """Records planned clips. Made once a shard; `close` frees all it holds, also after an error."""
 
     def record(self, task: Task) -> Clip: ...
 
     def close(self) -> None: ...
+
+
+def camera_to_world(
+    cameras: Float[np.ndarray, "f 4"], scale: float, pitch: Float[np.ndarray, "f"] | None = None
+) -> Float[np.ndarray, "f 4 4"]:
+    """Poses in OpenCV axes from a camera's x, y, z (map units) and angle (degrees), and its pitch (degrees, up).
+
+    Map units are x east, y north, z up; the records' world is x east, y down, z north: (x, -z, y), right-handed.
+    """
+    x, y, z, angle = cameras.astype(np.float64).T
+    sin, cos = np.sin(np.radians(angle)), np.cos(np.radians(angle))
+    c2w = np.tile(np.eye(4), (len(cameras), 1, 1))
+    c2w[:, [0, 2], 0] = np.stack([sin, -cos], 1)  # right
+    c2w[:, [0, 2], 2] = np.stack([cos, sin], 1)  # forward
+    if pitch is not None:
+        c2w[:, :3, :3] = c2w[:, :3, :3] @ rotation_x(np.radians(pitch))
+    c2w[:, :3, 3] = np.stack([x, -z, y], 1) * scale
+    return c2w
 
 
 def plan(config: CollectConfig) -> list[Shard]:
@@ -91,9 +115,11 @@ def _apportion(shares: dict[str, float], clips: int) -> list[str]:
 
 def _map(config: CollectConfig, split: Split, slot: int) -> MapName:
     """Bundled maps are spread evenly among the generated ones; generated seeds never repeat across splits."""
+    seed = (config.seed * 2 + _SPLIT_NUMBER[split]) * 1_000_000 + slot
+    if config.source == "rendered":
+        return MapName(f"place-{seed}", seed)
     before, after = int(config.bundled * slot + 1e-9), int(config.bundled * (slot + 1) + 1e-9)
     if after > before:
         names = config.bundled_train if split == "train" else config.bundled_held_out
         return MapName(names[before % len(names)], None)
-    seed = (config.seed * 2 + _SPLIT_NUMBER[split]) * 1_000_000 + slot
     return MapName(f"rooms{config.rooms}-{seed}", seed)

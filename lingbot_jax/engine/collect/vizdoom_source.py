@@ -23,7 +23,7 @@ from lingbot_jax.engine.collect import engines, maps
 from lingbot_jax.engine.collect.behaviours import BEHAVIOURS
 from lingbot_jax.engine.collect.captions import describe
 from lingbot_jax.engine.collect.config import STEP, CollectConfig
-from lingbot_jax.engine.collect.source import MapName, Task
+from lingbot_jax.engine.collect.source import EngineLost, MapName, Task, camera_to_world
 from lingbot_jax.engine.collect.walk import Pose, Walker
 
 _FIXED = 65536  # ACS numbers are 16.16 fixed point; a turn is 65536 as well
@@ -44,10 +44,6 @@ _HIDDEN = (
     "corpses",
     "screen_flashes",
 )
-
-
-class EngineLost(RuntimeError):
-    """The engine died or does not do what it is told; start another one."""
 
 
 def _placing_scripts() -> maps.Lumps:
@@ -177,20 +173,6 @@ class _World:
         return point.x + float(x), point.y + float(y)
 
 
-def camera_to_world(cameras: np.ndarray, scale: float) -> np.ndarray:
-    """Poses [f 4 4] in OpenCV axes from Doom's camera x, y, z (map units) and angle (degrees), [f 4].
-
-    Doom is x east, y north, z up; the records' world is x east, y down, z north: (x, -z, y), right-handed.
-    """
-    x, y, z, angle = cameras.astype(np.float64).T
-    sin, cos = np.sin(np.radians(angle)), np.cos(np.radians(angle))
-    c2w = np.tile(np.eye(4), (len(cameras), 1, 1))
-    c2w[:, [0, 2], 0] = np.stack([sin, -cos], 1)  # right
-    c2w[:, [0, 2], 2] = np.stack([cos, sin], 1)  # forward
-    c2w[:, :3, 3] = np.stack([x, -z, y], 1) * scale
-    return c2w
-
-
 class VizdoomSource:
     """Records planned clips; see the module docstring. Needs the extra `data`.
 
@@ -261,6 +243,7 @@ class VizdoomSource:
             captions=describe(keys, timestamps, chosen.describe(np.array([p[:2] for p in poses]))),
             extra={
                 "engine": f"vizdoom {vizdoom.__version__}, {chosen.iwad}",
+                "licence": "engine: non-commercial (ZDoom); maps and textures: BSD-3-Clause (Freedoom)",
                 "step": STEP,
                 "map_units_a_step": config.step,
                 "yaw_degrees": config.yaw,

@@ -1,0 +1,57 @@
+"""The shipped world: the tiny one, larger and trained for hours. `experiments/quickstart.py --long` runs its stages.
+
+python -m experiments.collect   --config=experiments/configs/shipped.py:collect
+python -m experiments.collect   --config=experiments/configs/shipped.py:collect_long
+python -m experiments.fit_codec --config=experiments/configs/shipped.py:codec
+python -m experiments.train     --config=experiments/configs/shipped.py:world
+python -m experiments.train     --config=experiments/configs/shipped.py:action
+python -m experiments.evaluate  --config=experiments/configs/shipped.py:evaluate
+"""
+
+from ml_collections import ConfigDict
+
+from experiments.configs.schema import FitCodecConfig
+from lingbot_jax.config import template
+from lingbot_jax.engine.collect.config import CollectConfig
+
+ROOT = "runs/shipped"
+CHANNELS = 64
+YAW = 3.0  # degrees per frame of a looking key
+
+
+def _collect() -> ConfigDict:
+    fields = {
+        "out": f"{ROOT}/data",
+        "clips": 3000,
+        "held_out": 96,
+        "frames": 65,  # 4 s
+        "yaw": YAW,
+        "clips_per_map": 2,
+        "weather_changes": 0.4,  # a crop of a second sees an eighth of them
+    }
+    return template(CollectConfig, fields)
+
+
+def _collect_long() -> ConfigDict:
+    """Held-out clips of 10 s, to measure what becomes of long play."""
+    fields = {"out": f"{ROOT}/long", "seed": 1, "clips": 1, "held_out": 24, "frames": 161}
+    return template(CollectConfig, fields | {"yaw": YAW, "clips_per_map": 1})
+
+
+def _codec() -> ConfigDict:
+    fields = {
+        "out": f"{ROOT}/codec",
+        "data": {"path": f"{ROOT}/data", "frames": 9, "batch": 8},
+        "codec": {"kind": "conv", "channels": CHANNELS},
+        "clips": 1500,
+        "steps": 6000,
+        "held_out": 96,
+    }
+    return template(FitCodecConfig, fields)
+
+
+def get_config(experiment: str = "world") -> ConfigDict:
+    made = {"collect": _collect, "collect_long": _collect_long, "codec": _codec}
+    if experiment not in made:
+        raise ValueError(f"shipped.py:{experiment}: unknown experiment; choose one of {', '.join(made)}")
+    return made[experiment]()
