@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 from experiments.configs.schema import FitCodecConfig
 from lingbot_jax.config import template
 from lingbot_jax.engine.collect.config import CollectConfig
+from lingbot_jax.training.config import TrainConfig
 
 ROOT = "runs/shipped"
 CHANNELS = 64
@@ -50,8 +51,62 @@ def _codec() -> ConfigDict:
     return template(FitCodecConfig, fields)
 
 
+NETWORK = {
+    "dim": 160,
+    "layers": 4,
+    "heads": 5,
+    "ffn": 640,
+    "freq_dim": 64,
+    "text_dim": 64,
+    "text_len": 48,
+    "latent_channels": CHANNELS,
+    "control": "cam_act",
+    "patch": (1, 1, 1),
+    "dtype": "float32",
+    "remat": "dots",
+}
+
+WORLD = {
+    "networks": {"world": NETWORK},
+    "codec": {"kind": "conv", "channels": CHANNELS},
+    "text": {"kind": "ngram", "dim": NETWORK["text_dim"], "length": NETWORK["text_len"]},
+    # Each pose from the one before: however long one walks, what the network is told stays what it was trained on.
+    "pose": {"reference": "previous", "translation": "metric"},
+    "keyboard": {"turn_rate": YAW},
+    "sample": {"steps": 12, "shift": 6.0, "solver": "euler", "guidance": {"low": 1.0, "high": 1.0}},
+}
+
+
+def _train(stage: str, steps: int, **fields: object) -> ConfigDict:
+    run = {
+        "run": f"{ROOT}/{stage}",
+        "stage": stage,
+        "steps": steps,
+        "codec": f"{ROOT}/codec",
+        "world": WORLD,
+        "data": {"path": f"{ROOT}/data", "frames": 17, "batch": 16},
+        "tasks": {"continuation": 0.3, "max_conditioning_frames": 3},
+        "flow": {"shift": 12.0},
+        "optimizer": {
+            "algorithm": "muon",
+            "learning_rate": 2e-3,
+            "warmup": 50,
+            "decay": "constant",  # more steps go on from here; the average stands in for a decayed rate
+            "b2": 0.99,
+            "ema": 0.998,
+        },
+        "checkpoint": {"every": 200},
+    }
+    return template(TrainConfig, run | fields)
+
+
 def get_config(experiment: str = "world") -> ConfigDict:
-    made = {"collect": _collect, "collect_long": _collect_long, "codec": _codec}
+    made = {
+        "collect": _collect,
+        "collect_long": _collect_long,
+        "codec": _codec,
+        "world": lambda: _train("world", 12000),
+    }
     if experiment not in made:
         raise ValueError(f"shipped.py:{experiment}: unknown experiment; choose one of {', '.join(made)}")
     return made[experiment]()
