@@ -15,11 +15,19 @@ SHORT = tests/models tests/kernels tests/test_golden.py tests/parallel/test_two_
 # Every stage of the demo, but hardly trained: the numbers it prints mean nothing.
 SHORT_DEMO = --root=runs/short --set=world.steps=20 --set=action.steps=10
 
-.PHONY: venv demo demo-short test test-short test-parity lint bench clean
+.PHONY: venv play demo demo-short test test-short test-parity test-browser lint bench clean
 
 # One stamp per Python and set of extras: another Python or a change of setup.py installs again.
 $(MADE).stamp:
 	$(PYTHON) -m venv --clear $(VENV)
+	touch $@
+
+$(MADE).play.stamp: setup.py | $(MADE).stamp
+	$(PIP) -e ".[serve]"
+	touch $@
+
+$(MADE).browser.stamp: setup.py | $(MADE).play.stamp
+	$(PIP) -e ".[serve,test,browser]"
 	touch $@
 
 $(MADE).demo.stamp: setup.py | $(MADE).stamp
@@ -32,10 +40,14 @@ $(MADE).test.stamp: setup.py | $(MADE).demo.stamp
 
 $(MADE).peers.stamp: setup.py | $(MADE).test.stamp
 	$(PIP) torch==2.13.0
-	$(PIP) -e ".[convert]"
+	$(PIP) -e ".[convert,browser]"
 	touch $@
 
 venv: $(MADE).test.stamp
+
+# The world of this repository in a page; any other: make play ARGS="--run=runs/demo/distill --picture=door.png".
+play: $(MADE).play.stamp
+	$(RUN) -m experiments.serve $(ARGS)
 
 demo: $(MADE).demo.stamp
 	$(RUN) -m experiments.quickstart $(ARGS)
@@ -44,11 +56,20 @@ demo-short: $(MADE).demo.stamp
 	$(RUN) -m experiments.quickstart $(SHORT_DEMO)
 
 test: $(MADE).test.stamp
-	$(RUN) -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not parity" $(ARGS)
+	$(RUN) -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not parity and not browser" $(ARGS)
 
 # Networks, kernels, goldens and one job of two processes: for the other end of the Pythons and JAX versions.
 test-short: $(MADE).test.stamp
-	$(RUN) -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not parity" $(SHORT) $(ARGS)
+	$(RUN) -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not parity and not browser" $(SHORT) $(ARGS)
+
+# In Debian's Chromium (or another one on the PATH); nginx reads its example. Screenshots: runs/browser.
+test-browser: $(MADE).browser.stamp
+	@{ { command -v chromium || command -v chromium-browser || command -v google-chrome; } \
+	    && PATH="$$PATH:/usr/sbin" command -v nginx; } >/dev/null \
+	  || { [ "$$(id -u)" = 0 ] && apt-get -qq update \
+	    && DEBIAN_FRONTEND=noninteractive apt-get -qq install --no-install-recommends chromium nginx-light >/dev/null; } \
+	  || { echo "test-browser needs Chromium and nginx: apt-get install chromium nginx-light" >&2; exit 1; }
+	$(RUN) -m pytest -m browser tests/browser $(ARGS)
 
 lint: $(MADE).test.stamp
 	$(BIN)/ruff check .

@@ -29,7 +29,15 @@ DATA = [
     "panda3d>=1.10.16,<1.11",
     "vizdoom>=1.3.2,<1.4",  # engine licence: non-commercial, see README
 ]
-SERVE = ["av>=18"]
+SERVE = [
+    "av>=18",
+    "opencv-python-headless>=4.13",
+    "prometheus-client>=0.26",
+    "starlette>=1.1,<2",
+    "uvicorn>=0.54,<1",
+    "websockets>=17,<18",
+]
+BROWSER = ["kubernetes-validate>=1.37", "playwright>=1.65"]  # with Chromium and nginx of the system
 EVAL = ["matplotlib>=3.10"]
 CONVERT = ["torch>=2.13", "diffusers>=0.38", "transformers>=5"]
 TEXT = ["ftfy>=6.3", "tokenizers>=0.22"]
@@ -51,11 +59,13 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["lingbot_jax*", "kernels_pallas*", "experiments*"]),
+    package_data={"lingbot_jax.serve": ["web/*"]},
     install_requires=CORE + TEXT,
     extras_require={
         "tpu": ["jax[tpu]>=0.10.2,<0.13"],  # the libtpu that this JAX was made for
         "data": DATA,
         "serve": SERVE,
+        "browser": BROWSER,
         "eval": EVAL,
         "gcs": GCS,
         "convert": CONVERT,

@@ -2,6 +2,7 @@
 
     python -m experiments.convert --source=lingbot-world-base-cam --out=bundles/base-cam
     python -m experiments.convert --source=high=runs/high,low=runs/low --out=bundles/mine
+    python -m experiments.convert --source=runs/demo/distill --out=bundles/play --pictures=12
     python -m experiments.convert --source=bundles/mine --out=exported --to=published
     python -m experiments.convert --source=ANYTHING --inspect
 
@@ -21,7 +22,8 @@ from rich.progress import (
 
 from experiments import common
 from lingbot_jax.control.plucker import CONTROL_CHANNELS
-from lingbot_jax.convert import contents, presets, report, write
+from lingbot_jax.convert import contents, pictures, presets, report, write
+from lingbot_jax.worlds.manifest import Starts
 
 _SOURCE = flags.DEFINE_string(
     "source",
@@ -38,6 +40,12 @@ _DTYPE = flags.DEFINE_enum(
 )
 _CONTROL = flags.DEFINE_enum(
     "control", None, list(CONTROL_CHANNELS), "control channels, where a checkpoint folder does not say them"
+)
+_PICTURES = flags.DEFINE_string(
+    "pictures",
+    None,
+    "pictures to start from: how many first frames of held-out clips of the run's data, or a folder of images "
+    "(NAME.txt beside each: its prompt); default: those of the source",
 )
 _ASSETS = flags.DEFINE_string(
     "assets", None, "folder with the codec, text encoder and tokenizer that a checkpoint folder lacks"
@@ -69,12 +77,19 @@ def main() -> None:
     for line in report.describe(found, dtype):
         print(line)
     found.check()
+    if _PICTURES.value is not None and not to_bundle:
+        raise common.UserError(f"--pictures={_PICTURES.value}: published folders have no place for them")
+    starts = pictures.choose(_PICTURES.value, found) if to_bundle else Starts()
+    if starts.pictures:
+        print(f"pictures: {len(starts.pictures)} to start from")
     if _INSPECT.value:
         return
     with _progress() as progress:
         sizes = {part.name: write.nbytes(write.cast(part, dtype).specs) for part in found.parts}
-        convert = write.to_bundle if to_bundle else write.to_published
-        convert(found, _OUT.value, dtype, _ticker(progress, sizes))
+        if to_bundle:
+            write.to_bundle(found, _OUT.value, dtype, _ticker(progress, sizes), starts)
+        else:
+            write.to_published(found, _OUT.value, dtype, _ticker(progress, sizes))
     print(f"wrote {_OUT.value}")
 
 

@@ -35,6 +35,7 @@ Seed = Annotated[int, Field(ge=0, le=2**32 - 1)]
 Number = Annotated[float, Field(ge=-1e9, le=1e9, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, le=1e9, allow_inf_nan=False)]
 Positive = Annotated[float, Field(gt=0, le=1e9, allow_inf_nan=False)]
+Seconds = Annotated[float, Field(gt=0, le=1e6, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]  # [0, 1]
 Inside = Annotated[float, Field(gt=0, lt=1, allow_inf_nan=False)]  # (0, 1)
 Below1 = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]  # [0, 1)

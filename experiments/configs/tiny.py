@@ -1,13 +1,16 @@
 """The tiny world: trains on a laptop CPU in minutes on real game frames.
 
 One argument names the experiment; `make demo` runs collect, codec, world, action and evaluate in this order,
-under runs/demo:
+under runs/demo. `causal` makes of the action world one that is played chunk after chunk, `distill` lets it learn
+from its own rollouts:
 
     python -m experiments.collect   --config=experiments/configs/tiny.py:collect
     python -m experiments.fit_codec --config=experiments/configs/tiny.py:codec
     python -m experiments.train     --config=experiments/configs/tiny.py:world
     python -m experiments.train     --config=experiments/configs/tiny.py:action
     python -m experiments.evaluate  --config=experiments/configs/tiny.py:evaluate
+    python -m experiments.train     --config=experiments/configs/tiny.py:causal
+    python -m experiments.train     --config=experiments/configs/tiny.py:distill
 """
 
 from ml_collections import ConfigDict
@@ -49,6 +52,16 @@ WORLD = {
 }
 
 
+OPTIMIZER = {
+    "algorithm": "muon",
+    "learning_rate": 2e-3,
+    "warmup": 50,
+    "decay": "cosine",
+    "b2": 0.99,
+    "ema": 0.99,
+}
+
+
 def _data() -> dict:
     return {"path": f"{ROOT}/data", "frames": 17, "batch": 16}
 
@@ -64,31 +77,75 @@ def _codec() -> ConfigDict:
     )
 
 
-def _train(stage: str) -> ConfigDict:
-    start = {} if stage == "world" else {"init": f"{ROOT}/world"}
-    return template(
-        TrainConfig,
-        start
-        | {
-            "run": f"{ROOT}/{stage}",
-            "stage": stage,
-            "steps": {"world": 1100, "action": 100}[stage],
-            "codec": f"{ROOT}/codec",
-            "world": WORLD,
-            "data": _data(),
-            "tasks": {"continuation": 0.3, "max_conditioning_frames": 3},
-            # High noise is where the keys decide what is seen. With more channels or less shift the first
-            # components of the latents show through the noise, and the model reads them instead of the keys.
-            "flow": {"shift": 12.0},
-            "optimizer": {
-                "algorithm": "muon",
-                "learning_rate": 2e-3,
-                "warmup": 50,
-                "decay": "cosine",
-                "b2": 0.99,
-                "ema": 0.99,
-            },
-            "checkpoint": {"every": 250},
+def _train(stage: str, steps: int, **fields: object) -> ConfigDict:
+    run = {
+        "run": f"{ROOT}/{stage}",
+        "stage": stage,
+        "steps": steps,
+        "codec": f"{ROOT}/codec",
+        "world": WORLD,
+        "data": _data(),
+        "tasks": {"continuation": 0.3, "max_conditioning_frames": 3},
+        # High noise is where the keys decide what is seen. With more channels or less shift the first
+        # components of the latents show through the noise, and the model reads them instead of the keys.
+        "flow": {"shift": 12.0},
+        "optimizer": OPTIMIZER,
+        "checkpoint": {"every": 250},
+    }
+    return template(TrainConfig, run | fields)
+
+
+# Chunks of one latent frame, a quarter of a second; the last two seconds and the first frame are seen.
+CAUSAL = {
+    "chunk": 1,
+    "window": 9,
+    "sink": 1,
+    "schedule": "warped",
+    "levels": (1000, 750, 500, 250),
+    "shift": WORLD["sample"]["shift"],
+}
+
+
+CAUSAL_WORLD = {name: part for name, part in WORLD.items() if name != "sample"} | {"causal": CAUSAL}
+
+
+def _causal() -> ConfigDict:
+    return _train(
+        "causal",
+        600,
+        init=f"{ROOT}/action",
+        world=CAUSAL_WORLD,
+        data=_data() | {"frames": 33, "batch": 8},
+        tasks={"continuation": 0.0, "text_dropout": 0.0},
+        optimizer=OPTIMIZER | {"learning_rate": 1e-3, "muon_rate": 0.01},
+    )
+
+
+def _distill() -> ConfigDict:
+    # The teacher knows clips of five latent frames: so long are the windows that the scores see.
+    return _train(
+        "distill",
+        750,
+        init=f"{ROOT}/causal",
+        teacher=f"{ROOT}/action",
+        world=CAUSAL_WORLD,
+        data=_data() | {"frames": 33, "batch": 16},
+        tasks={"continuation": 0.0},
+        distill={
+            "critic_rate": 1.0,
+            "shortest": 5,
+            "window": 5,
+            "gradient_chunks": 5,
+            "scores": {"shift": WORLD["sample"]["shift"], "guidance": 1.0},
+            "head": {"depths": (1, 3), "queries": 1, "width": 64, "heads": 4},
+        },
+        optimizer={
+            "learning_rate": 2e-4,
+            "warmup": 20,
+            "b1": 0.0,
+            "b2": 0.99,
+            "weight_decay": 0.0,
+            "ema": 0.95,
         },
     )
 
@@ -101,8 +158,10 @@ def get_config(experiment: str = "world") -> ConfigDict:
     made = {
         "collect": _collect,
         "codec": _codec,
-        "world": lambda: _train("world"),
-        "action": lambda: _train("action"),
+        "world": lambda: _train("world", 1100),
+        "action": lambda: _train("action", 100, init=f"{ROOT}/world"),
+        "causal": _causal,
+        "distill": _distill,
         "evaluate": _evaluate,
     }
     if experiment not in made:

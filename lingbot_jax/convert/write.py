@@ -25,9 +25,10 @@ from lingbot_jax.convert.names import Entry, layers_of, part_names
 from lingbot_jax.convert.presets import PRESETS, SECOND, SECOND_CLASSES
 from lingbot_jax.files import is_remote, whole_folder
 from lingbot_jax.models.config import DiTConfig, NgramConfig, UMT5Config, VAEConfig
-from lingbot_jax.worlds import storage
+from lingbot_jax.worlds import manifest, storage
 from lingbot_jax.worlds.config import WorldConfig
-from lingbot_jax.worlds.open import TOKENIZER, params_folder, write_bundle_config
+from lingbot_jax.worlds.manifest import Starts
+from lingbot_jax.worlds.open import BUNDLE, TOKENIZER, bundle_text, params_folder, write_bundle_config
 from lingbot_jax.worlds.world import CODEC
 
 StoredDtype = Literal["keep", "bfloat16", "float32"]
@@ -79,11 +80,12 @@ def to_bundle(
     out: epath.PathLike,
     dtype: StoredDtype = "bfloat16",
     progress: Progress = lambda name, done: None,
+    starts: Starts = Starts(),  # noqa: B008 - frozen
 ) -> None:
     """Writes a bundle.
 
     Args:
-      dtype: of the stored transformers and text encoder.
+      dtype: of the stored transformers and text encoder. starts: pictures that play can start from.
 
     Raises:
       ConfigError: tensors do not fit, or one is not finite; or `out` exists, or the disk is too small. Nothing is left
@@ -101,8 +103,11 @@ def to_bundle(
                 writer.write(path, layer, value)
                 progress(part.name, value.nbytes)
             writer.close()
+        described = {BUNDLE: bundle_text(contents.config).encode()}
         if contents.tokenizer is not None:
-            (folder / TOKENIZER).write_bytes(contents.tokenizer.read_bytes())
+            described[TOKENIZER] = contents.tokenizer.read_bytes()
+            (folder / TOKENIZER).write_bytes(described[TOKENIZER])
+        manifest.write(folder, described, starts)
         write_bundle_config(folder, contents.config)  # last: it makes the folder a bundle
 
 

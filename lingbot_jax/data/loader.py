@@ -10,6 +10,7 @@ A batch is a dict of arrays (b crops of f frames):
     frames      uint8    [b f h w 3]        keys        uint8   [b f 8], row 0 zeros
     c2w         float64  [b f 4 4]          intrinsics  float32 [b f 4]
     narrative, static, scene: text [b]      record_ids: text [b], "shard:index:start"
+    temporal: text [b f], what happens at each frame, empty where nothing is said
 
 `scene` is the static caption, and what the scene has become by the end of the crop ("... It is night.").
 """
@@ -32,7 +33,7 @@ from lingbot_jax.data.schema import ClipError, decode
 Batch = dict[str, Any]
 Transform = Callable[[Batch], Batch]
 _ARRAYS = ("frames", "keys", "c2w", "intrinsics")
-_TEXTS = ("narrative", "static", "scene", "record_ids")
+_TEXTS = ("narrative", "static", "scene", "temporal", "record_ids")
 _ORDER, _CROP, _REPLACEMENT = range(3)  # purposes of randomness
 _ENDLESS = 2**48  # rows of a stream
 
@@ -89,6 +90,7 @@ class Dataset:
         arrays = {a: getattr(clip, a) for a in _ARRAYS}
         told = clip.captions
         texts = {"narrative": told.narrative, "static": told.static, "scene": told.scene(clip.timestamps[-1])}
+        texts["temporal"] = told.at(clip.timestamps)
         return arrays | texts | {"record_ids": f"{name}:{start}"}
 
     @functools.lru_cache(maxsize=4)  # noqa: B019 - a data set lives as long as its program

@@ -69,6 +69,11 @@ class Captions:
         begun = [e for e in self.temporal if e.kind == "scene" and e.start <= second]
         return " ".join([self.static, *(e.text for e in begun[-1:])])
 
+    def at(self, times: Float64[np.ndarray, "f"]) -> list[str]:
+        """What happens at each time: the text of the event that began last of those that have not ended, or ""."""
+        now = lambda time: [e for e in self.temporal if e.start <= time <= e.end]
+        return [max(now(time), key=lambda e: e.start).text if now(time) else "" for time in times]
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Clip:

@@ -45,7 +45,7 @@ class Condition:
     """Everything the velocity depends on besides the noisy latent and its noise level.
 
     Attributes:
-      text: zero-padded text tokens.
+      text: zero-padded text tokens; with an axis n, one text for each of the n equal parts of the latent frames.
       control: camera / action embedding (channel = c * stride^2 + stride * row + column); None: the adapters are
         not applied.
       mask: one where the pixel frame is a conditioning frame.
@@ -53,7 +53,7 @@ class Condition:
         Mask and image are there if and only if the model has `image_condition`.
     """
 
-    text: Float[AnyArray, "b l text_dim"] | Placeholder
+    text: Float[AnyArray, "b *n l text_dim"] | Placeholder
     control: Float[AnyArray, "b t h w control_channels"] | Placeholder = None
     mask: Float[AnyArray, "b t h w mask_channels"] | Placeholder = None
     image: Float[AnyArray, "b t h w c"] | Placeholder = None
@@ -64,8 +64,8 @@ class Condition:
 class TextPart:
     """Keys and values of the text in the cross-attention of one block, or of all of them, stacked."""
 
-    keys: Float[Array, "*layers b l h k"] | Placeholder
-    values: Float[Array, "*layers b l h k"] | Placeholder
+    keys: Float[Array, "*layers_b_n l h k"] | Placeholder
+    values: Float[Array, "*layers_b_n l h k"] | Placeholder
 
 
 @jax.tree_util.register_dataclass
@@ -125,7 +125,7 @@ class Block(nnx.Module):
             self.control = ControlInjection(config, keys[4])
         self.config = config
 
-    def prepare_text(self, text: Float[Array, "b l d"]) -> TextPart:
+    def prepare_text(self, text: Float[Array, "*b l d"]) -> TextPart:
         """What this block needs of the embedded text."""
         return TextPart(*self.cross_attention.text(text))
 
@@ -221,7 +221,7 @@ class WorldDiT(nnx.Module):
                     f"must be {expected}",
                 )
 
-    def embed_text(self, text: Float[AnyArray, "b l c"]) -> Float[Array, "b l d"]:
+    def embed_text(self, text: Float[AnyArray, "*b l c"]) -> Float[Array, "*b l d"]:
         return self.text(text.astype(self.config.dtype))
 
     def embed_control(self, control: Float[AnyArray, "b t h w c"] | None) -> Float[Array, "b t p d"] | None:
@@ -253,7 +253,7 @@ class WorldDiT(nnx.Module):
         controls = None if control is None else jax.lax.scan(per_block, None, self.blocks)[1]
         return Prepared(self.precompute_text(condition.text), controls, self.embed_conditioning(condition))
 
-    def precompute_text(self, text: Float[AnyArray, "b l text_dim"]) -> TextPart:
+    def precompute_text(self, text: Float[AnyArray, "*b l text_dim"]) -> TextPart:
         """The part of `precompute` that depends on the text."""
         embedded = self.embed_text(text)
         return jax.lax.scan(lambda _, block: (None, block.prepare_text(embedded)), None, self.blocks)[1]

@@ -41,14 +41,14 @@ CACHED_TEXTS = 4096  # tokenized texts kept on the host, the latest ones; umT5's
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TextTokens:
-    """Texts as an encoder takes them; the leading axis is the text.
+    """Texts as an encoder takes them; the leading axis is the text. On their way to it there may be several.
 
     Attributes:
       values: token ids `b l`, or hashed features `b l d`. mask: `b l`, False past the end of a text.
     """
 
-    values: Int32[np.ndarray | Array, "b l"] | Float32[np.ndarray | Array, "b l d"] | Placeholder
-    mask: Bool[np.ndarray | Array, "b l"] | Placeholder
+    values: Int32[np.ndarray | Array, "*b l"] | Float32[np.ndarray | Array, "*b l d"] | Placeholder
+    mask: Bool[np.ndarray | Array, "*b l"] | Placeholder
 
 
 @runtime_checkable

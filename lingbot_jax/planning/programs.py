@@ -18,8 +18,10 @@ from lingbot_jax.training.curriculum import spans
 from lingbot_jax.training.objectives import Objective
 from lingbot_jax.training.start import objective_of, resolve
 from lingbot_jax.training.state import TrainState, abstract_state
-from lingbot_jax.training.step import Program, encode_program, make_step
+from lingbot_jax.training.step import Program, encode_program, make_step, networks_of, update_counts
 from lingbot_jax.worlds.config import pixels_per_token
+
+PERIOD = 100  # steps after which no other kind of step comes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,7 +105,7 @@ class Case:
 
     def state(self) -> TrainState:
         """The abstract state of the run, of all its networks. Raises ConfigError: sizes that do not divide."""
-        counts = {name: self.objective.update_count(name) for name in self.run.world.networks}
+        counts = update_counts(self.run, self.objective)
         return abstract_state(self.config, self.mesh, self.objective.trains, counts)
 
     def encode(self) -> Program:
@@ -111,7 +113,7 @@ class Case:
         return encode_program(self.config, self.mesh)
 
     def train(self) -> Program:
-        """(state, encoded clips, null text) -> (state, metrics): the first step of the phase.
+        """(state, encoded clips, constants) -> (state, metrics): the first step of the phase that needs most networks.
 
         Of a run with two experts it is the step of one of them; the other's has the same sizes.
         """
@@ -119,7 +121,9 @@ class Case:
         with jax.set_mesh(self.mesh):
             encoded = jax.eval_shape(encode.fn, *encode.args)
         placed = jax.tree.map(lambda _: sharding.batch_sharding(self.mesh), encoded)
-        updates = self.objective.updates(spans(self.run)[self.phase][0])
+        first, end = spans(self.run)[self.phase]
+        steps = (self.objective.updates(step) for step in range(first, min(end, first + PERIOD)))
+        updates = max(steps, key=lambda updates: len(networks_of(updates)))
         return make_step(self.objective, self.config, self.mesh, updates, sharding.specs(encoded, placed))
 
 

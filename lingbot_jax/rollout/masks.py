@@ -42,13 +42,19 @@ def chunks(
     return Mask(frames * tokens, frames * tokens, tuple(rows))
 
 
-def teacher_forcing(frames: int, chunk: int, tokens: int) -> Mask:
-    """The clip twice in one sequence, clean and then noisy: a noisy chunk sees the clean chunks before it and
-    itself; the clean half is block-causal. Both halves have positions 0..frames-1."""
-    n, size = frames * tokens, chunk * tokens
-    clean = Mask.block_causal(n, size).rows
-    noisy = tuple(
-        Rows(n + start, n + min(start + size, n), ((0, start), (n + start, n + min(start + size, n))))
-        for start in range(0, n, size)
-    )
-    return Mask(2 * n, 2 * n, clean + noisy)
+def teacher_forcing(
+    frames: int, chunk: int, tokens: int, *, window: int | None = None, sink: int = 0
+) -> Mask:
+    """The clip twice in one sequence, clean and then noisy: a noisy chunk sees the clean chunks before it (within the
+    window, as in `chunks`) and itself; the clean half is block-causal. Both halves have positions 0..frames-1."""
+    n = frames * tokens
+    clean = chunks(frames, chunk, tokens, window=window, sink=sink).rows
+    noisy = []
+    for start in range(0, frames, chunk):
+        stop = min(start + chunk, frames)
+        first = 0 if window is None else max(0, start + chunk - (window - sink))
+        past = ((0, min(sink, start) * tokens), (min(first, start) * tokens, start * tokens))
+        noisy.append(
+            Rows(n + start * tokens, n + stop * tokens, (*past, (n + start * tokens, n + stop * tokens)))
+        )
+    return Mask(2 * n, 2 * n, clean + tuple(noisy))

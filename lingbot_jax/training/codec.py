@@ -43,7 +43,7 @@ def train_codec(
     )
 
     @jax.jit
-    def update(trained: dict, state: optax.OptState, frames: jax.Array, key: PRNGKeyArray):
+    def update(fixed: dict, trained: dict, state: optax.OptState, frames: jax.Array, key: PRNGKeyArray):
         def loss(trained: dict) -> jax.Array:
             return reconstruction_loss(
                 params.with_arrays(codec, trained | fixed), to_float(frames), key, noise
@@ -64,7 +64,7 @@ def train_codec(
         bar = progress.add_task("steps", total=steps, loss=float("nan"))
         for step in range(steps):
             key = jax.random.fold_in(jax.random.key(seed), step)
-            trained, state, value = update(trained, state, jnp.asarray(batch(step)), key)
+            trained, state, value = update(fixed, trained, state, jnp.asarray(batch(step)), key)
             average = value if average is None else average + (value - average) / _SHOWN
             progress.update(bar, advance=1, loss=float(average))
     return params.with_arrays(codec, trained | fixed)

@@ -19,10 +19,14 @@ from lingbot_jax.config import (
     require,
 )
 from lingbot_jax.data.config import DataConfig
+from lingbot_jax.models.config import DiTConfig
 from lingbot_jax.parallel.mesh import MeshConfig
+from lingbot_jax.training.post_training import DistillConfig, ForcingConfig
 from lingbot_jax.worlds.config import EXPERTS, WorldConfig, pixels_per_token
 
-Stage = Literal["world", "action"]
+Stage = Literal["world", "action", "causal", "distill"]
+POST_TRAINING = ("causal", "distill")  # stages of one causal network, the student, whose name is `world`
+STUDENT = "world"
 Pixels = Annotated[int, Field(ge=0, le=16384)]
 Shift = Annotated[Positive, Field(le=1000)]
 Rate = Annotated[Positive, Field(le=10)]
@@ -42,6 +46,10 @@ class TaskConfig:
         0.1, description="share of samples whose text is replaced by world.null_text"
     )
     control_dropout: Fraction = Field(0.0, description="share of samples whose camera embedding is zeroed")
+    caption: Literal["clip", "temporal"] = Field(
+        "clip",
+        description="text that a chunk sees: world.caption, or that with what happens in the chunk's own interval",
+    )
 
 
 @config
@@ -118,9 +126,10 @@ class TrainConfig:
 
     run: Path = Field(description="run directory, local or gs://; the same command again resumes it")
     stage: Stage = Field(
-        description="world trains every parameter; action the camera and key adapters (paper 3.3)"
+        description="world trains every parameter; action the camera and key adapters (paper 3.3); causal makes the "
+        "world generate chunk after chunk (3.4.1), distill in few steps and from its own past (3.4.2)"
     )
-    steps: PositiveInt = Field(description="updates in all")
+    steps: PositiveInt = Field(description="updates in all; of stage distill, of the critic")
     data: DataConfig = Field(description="the clips")
     world: WorldConfig = Field(
         WorldConfig(), description="the world that is trained; what it leaves out is init's"
@@ -133,9 +142,18 @@ class TrainConfig:
         description="where parameters start: a run or bundle, or NAME=SOURCE,... by network; None: at random. Adapters "
         "that it lacks start fresh",
     )
+    teacher: Path | None = Field(
+        None, description="run or bundle of the bidirectional world that stage distill takes its scores from"
+    )
+    teachers: dict[str, DiTConfig] = Field(
+        default_factory=dict,
+        description="its networks: `world`, or `high` and `low`; empty: those of teacher",
+    )
     seed: Seed = Field(0, description="of initialisation, noise and dropout")
     tasks: TaskConfig = Field(TaskConfig(), description="mixture of tasks")
     flow: FlowConfig = Field(FlowConfig(), description="flow matching")
+    forcing: ForcingConfig = Field(ForcingConfig(), description="of stage causal")
+    distill: DistillConfig = Field(DistillConfig(), description="of stage distill")
     optimizer: OptimizerConfig = Field(OptimizerConfig(), description="updates")
     checkpoint: CheckpointConfig = Field(CheckpointConfig(), description="saving")
     validation: ValidationConfig = Field(ValidationConfig(), description="measuring while training")
@@ -169,6 +187,7 @@ class TrainConfig:
             require(
                 ok, "size", self.size, f"must be (0, 0), or multiples of {pixels} = spatial_stride x patch"
             )
+        self._check_post_training()
         ends = [0, *(phase.end_step for phase in self.curriculum)]
         require(
             ends == sorted(set(ends)), "curriculum", tuple(ends[1:]), "end_step must rise from phase to phase"
@@ -176,6 +195,36 @@ class TrainConfig:
         reaches = len(ends) == 1 or ends[-1] >= self.steps
         require(reaches, "curriculum", tuple(ends[1:]), f"the last end_step must reach steps = {self.steps}")
         self.phases()
+
+    def _check_post_training(self) -> None:
+        names, post = sorted(self.world.networks), self.stage in POST_TRAINING
+        if not post:
+            given = self.tasks.caption
+            require(
+                given == "clip", "tasks.caption", given, "text by interval needs the chunks of a causal stage"
+            )
+            return
+        require(
+            names in ([], [STUDENT]), "world.networks", names, f"stage {self.stage} has `{STUDENT}` alone"
+        )
+        require(self.world.causal, "world.causal", None, f"stage {self.stage} trains for it: describe it")
+        if self.stage == "distill":
+            given = self.teacher is not None or bool(self.teachers)
+            require(given, "teacher", None, "stage distill needs a run or a bundle to learn from")
+            names = sorted(self.teachers)
+            known = ([], ["world"], ["high", "low"])
+            require(names in known, "teachers", names, "must be world, or high and low")
+            few = self.world.causal.sample is None
+            require(
+                few, "world.causal.sample", self.world.causal.sample, "must be None: a student has few steps"
+            )
+            share = self.tasks.continuation
+            require(
+                share == 0,
+                "tasks.continuation",
+                share,
+                "must be 0: rollouts begin with one image, as play does",
+            )
 
     def phases(self) -> "tuple[TrainConfig, ...]":
         """The run as each phase of its curriculum sees it: a run of that phase alone.
@@ -214,6 +263,13 @@ class TrainConfig:
         """Whether the run holds both noise experts and trains them in turn."""
         return set(self.world.networks) == set(EXPERTS)
 
+    @property
+    def intervals(self) -> int | None:
+        """Texts that a clip has, one per chunk; None: one text for all of it."""
+        if self.tasks.caption == "clip":
+            return None
+        return self.world.codec.latent_frames(self.data.frames) // self.world.causal.chunk
+
     def check_crops(self) -> None:
         """Refuses crops that do not fit the world's codec or leave nothing to predict. Raises ConfigError."""
         codec = self.world.codec
@@ -227,3 +283,13 @@ class TrainConfig:
                 f"must leave something to predict of {latent} latent frames ({where} = {phase.data.frames})"
             )
             require(most < latent, "config.tasks.max_conditioning_frames", most, fits)
+            if self.stage in POST_TRAINING:
+                chunk = self.world.causal.chunk
+                whole = f"gives {latent} latent frames: must be a multiple of world.causal.chunk = {chunk}"
+                require(latent % chunk == 0, where, phase.data.frames, whole)
+            if self.stage == "distill":
+                longest = latent // chunk
+                fits = f"must be at most the {longest} chunks of {where} = {phase.data.frames}"
+                require(
+                    self.distill.shortest <= longest, "config.distill.shortest", self.distill.shortest, fits
+                )

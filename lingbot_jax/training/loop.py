@@ -17,13 +17,13 @@ from lingbot_jax.parallel.mesh import make_mesh
 from lingbot_jax.training import curriculum
 from lingbot_jax.training.config import TrainConfig
 from lingbot_jax.training.metrics import MetricsWriter, StepProgress
-from lingbot_jax.training.objectives import Objective
+from lingbot_jax.training.objectives import Constants, Objective
 from lingbot_jax.training.objectives.world import draw_known
 from lingbot_jax.training.report import Profile, Report
 from lingbot_jax.training.run_dir import init_run_dir
 from lingbot_jax.training.start import fresh_state, objective_of, resolve
 from lingbot_jax.training.state import TrainState, abstract_state
-from lingbot_jax.training.step import Program, encode_program, make_step, networks_of
+from lingbot_jax.training.step import Program, encode_program, make_step, networks_of, update_counts
 from lingbot_jax.worlds.checkpoints import Checkpoints
 from lingbot_jax.worlds.clips import prepare
 from lingbot_jax.worlds.open import find, open_encoders
@@ -57,7 +57,7 @@ def train(config: TrainConfig, evaluate: Evaluate | None = None, profile: str = 
         for phase, mesh in zip(config.phases(), meshes, strict=True):
             multihost.rows_of_process(mesh, phase.data.batch)
         objective = objective_of(config)
-        counts = {name: objective.update_count(name) for name in config.world.networks}
+        counts = update_counts(config, objective)
         places = [abstract_state(config, mesh, objective.trains, counts) for mesh in meshes]
 
     with init_run_dir(config) as run, multihost.preemption() as stop:
@@ -130,7 +130,7 @@ class _Phase:
     stream: BatchStream
     codec: Any
     text: Any
-    null_text: jax.Array
+    constants: Constants
     encode_clips: Program
     programs: dict[tuple[str, ...], Program]
 
@@ -153,7 +153,7 @@ class _Phase:
             stream=BatchStream(data, rows, step, resize),
             codec=codec,
             text=text,
-            null_text=world.encode_text([config.world.null_text]),
+            constants=Constants(world.encode_text([config.world.null_text]), codec),
             encode_clips=encode_program(chosen, mesh),
             programs={},
         )
@@ -166,7 +166,7 @@ class _Phase:
         """The step's clips as the networks see them, on the mesh; dispatched, not waited for."""
         known = draw_known(self.config.seed, step, self.config.data.batch, self.config.tasks)
         known = known[self.rows.start : self.rows.stop]
-        clips = prepare(self.config.world, self.text, rows, known)
+        clips = prepare(self.config.world, self.text, rows, known, intervals=self.config.intervals)
         clips = multihost.global_array(self.mesh, clips, self.config.data.batch)
         return self.encode_clips(self.codec, self.text, clips)
 
@@ -176,7 +176,7 @@ class _Phase:
         names = networks_of(updates)
         if names not in self.programs:
             self.programs[names] = make_step(self.objective, self.config, self.mesh, updates)
-        part, metrics = self.programs[names](state.part(names), batch, self.null_text)
+        part, metrics = self.programs[names](state.part(names), batch, self.constants)
         return state.updated(part), metrics
 
     def world(self, state: TrainState) -> World:

@@ -37,12 +37,14 @@ MAY_CHANGE = (
     "validation",
     "codec",  # where files lie: a run keeps its own copy, or `world` describes them
     "init",  # of no meaning once there is a checkpoint
+    "teacher",
     "data.path",
     "data.threads",
     "data.prefetch",
     "data.max_bad_records",
     "mesh",  # of devices, and with it ulysses
     "world.networks.*.remat",
+    "teachers.*.remat",
     "curriculum",  # compared by step, as the phases that it makes
 )
 
@@ -144,6 +146,7 @@ def with_absolute_paths(config: TrainConfig) -> TrainConfig:
         run=absolute(config.run),
         codec=absolute(config.codec),
         init=init,
+        teacher=absolute(config.teacher),
         data=dataclasses.replace(config.data, path=absolute(config.data.path)),
         curriculum=tuple(dataclasses.replace(p, path=absolute(p.path)) for p in config.curriculum),
     )

@@ -12,15 +12,23 @@ from lingbot_jax.config import ConfigError
 from lingbot_jax.models import params
 from lingbot_jax.models.control import is_adapter
 from lingbot_jax.parallel import multihost
-from lingbot_jax.training.config import TrainConfig
+from lingbot_jax.training.config import POST_TRAINING, STUDENT, TrainConfig
+from lingbot_jax.training.networks import scores, templates, transformers
 from lingbot_jax.training.objectives import Objective
 from lingbot_jax.training.objectives.action import ActionObjective
+from lingbot_jax.training.objectives.causal import CausalObjective
+from lingbot_jax.training.objectives.distill import DistillObjective
 from lingbot_jax.training.objectives.world import WorldObjective
 from lingbot_jax.training.state import TrainState, abstract_state, init_state, random_params
 from lingbot_jax.worlds.open import Source, find
 from lingbot_jax.worlds.world import Arrays, specs, template
 
-OBJECTIVES = {"world": WorldObjective, "action": ActionObjective}
+OBJECTIVES = {
+    "world": WorldObjective,
+    "action": ActionObjective,
+    "causal": CausalObjective,
+    "distill": DistillObjective,
+}
 
 
 class Origin(NamedTuple):
@@ -69,7 +77,37 @@ def resolve(config: TrainConfig) -> TrainConfig:
         world = dataclasses.replace(config.world, **changes)
     except ConfigError as error:
         raise ConfigError(f"config.world.{error}") from None
-    return dataclasses.replace(config, world=world, codec=str(encoders.path))
+    config = dataclasses.replace(config, world=world, codec=str(encoders.path))
+    if config.stage == "distill" and not config.teachers:
+        config = dataclasses.replace(config, teachers=_teacher(config).config.networks)
+    return config
+
+
+def _teacher(config: TrainConfig) -> Source:
+    """The teacher. Raises ConfigError: it is none for this run's world."""
+    source, where = find(config.teacher, "config.teacher"), f"config.teacher = {config.teacher!r}"
+    have = sorted(source.config.networks)
+    if have not in (["world"], ["high", "low"]):
+        raise ConfigError(f"{where}: has the networks {have}; a teacher has world, or high and low")
+    for name in ("pose", "null_text", "boundary"):
+        ours, theirs = getattr(config.world, name), getattr(source.config, name)
+        if ours != theirs:
+            raise ConfigError(f"config.world.{name} = {ours!r}: the teacher, {source.path}, has {theirs!r}")
+    return source
+
+
+def read_teachers(config: TrainConfig) -> dict[str, Origin]:
+    """Where the real and fake scores of a run start."""
+    wanted = scores(config)
+    if not wanted or config.teacher is None:
+        return {}
+    source = _teacher(config)
+    missing = sorted(set(wanted.values()) - set(source.config.networks))
+    if missing:
+        raise ConfigError(
+            f"config.teacher = {config.teacher!r}: has no network {missing[0]}; see config.teachers"
+        )
+    return {name: Origin(source, theirs) for name, theirs in wanted.items()}
 
 
 def _sizes(part) -> dict:
@@ -83,14 +121,16 @@ def read_origins(config: TrainConfig) -> dict[str, Origin]:
     """The origin of every network of the run, as `init` says; none without it.
 
     `init` is one source, whose networks start those of the same names (a network `world` starts any), or
-    NAME=SOURCE,..., where SOURCE may end in #NETWORK.
+    NAME=SOURCE,..., where SOURCE may end in #NETWORK. The student of a post-training stage starts as the high-noise
+    expert of a source that has two (paper section 3.4.1).
 
     Raises:
       ConfigError: no such source, or one that has not the network.
     """
     if config.init is None:
         return {}
-    names = tuple(config.world.networks)
+    post = config.stage in POST_TRAINING
+    names = (STUDENT,) if post else tuple(config.world.networks)
     entries = [
         re.fullmatch(r"(?:(\w+)=)?(.+?)(?:#(\w+))?", entry.strip()) for entry in config.init.split(",")
     ]
@@ -105,7 +145,9 @@ def read_origins(config: TrainConfig) -> dict[str, Origin]:
         if not have:
             raise ConfigError(f"config.init = {path!r}: has no transformer")
         for ours in (name,) if name else names or have:
-            theirs = chosen or (have[0] if have == ("world",) else ours)
+            theirs = chosen or (
+                have[0] if have == ("world",) else "high" if post and "high" in have else ours
+            )
             if theirs not in have:
                 raise ConfigError(
                     f"config.init = {config.init!r}: {path} has {' and '.join(have)}, not {theirs!r}; another network "
@@ -132,20 +174,20 @@ def read_init(config: TrainConfig, mesh: Mesh) -> dict[str, Arrays]:
       ConfigError: another model.
     """
     made = {}
-    for name, origin in read_origins(config).items():
-        wanted = specs(template(config.world.networks[name]), mesh, jnp.float32)
+    networks = transformers(config)
+    for name, origin in (read_origins(config) | read_teachers(config)).items():
+        wanted = specs(template(networks[name]), mesh, jnp.float32)
         theirs = params.arrays_of(template(origin.source.config.networks[origin.name]))
-        where = f"config.init = {str(origin.source.path)!r}"
+        field = "init" if name in config.world.networks else "teacher"
+        where = f"config.{field} = {str(origin.source.path)!r}"
         for path, leaf in theirs.items():
             if path not in wanted:
                 raise ConfigError(
-                    f"{where}: has a parameter {path}, which config.world.networks.{name} lacks; use the "
-                    "same model"
+                    f"{where}: has a parameter {path}, which the run's {name} lacks; use the same model"
                 )
             if wanted[path].shape != leaf.shape:
                 raise ConfigError(
-                    f"{where}: its parameter {path} has another shape; use the same sizes in "
-                    f"config.world.networks.{name}"
+                    f"{where}: its parameter {path} has another shape than the run's {name}; use the same sizes"
                 )
         for path in wanted.keys() - theirs.keys():
             if not is_adapter(path):
@@ -156,7 +198,7 @@ def read_init(config: TrainConfig, mesh: Mesh) -> dict[str, Arrays]:
 
 def fresh_state(config: TrainConfig, mesh: Mesh, objective: Objective) -> TrainState:
     """The state a new run starts from: random, with what `init` has in its place; made where it belongs."""
-    counts = {name: objective.update_count(name) for name in config.world.networks}
+    counts = {name: objective.update_count(name) for name in templates(config)}
     with multihost.agree_on_errors():
         given = read_init(config, mesh)
     placed = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(config, mesh, objective.trains, counts))

@@ -1,8 +1,9 @@
 """The training state: dictionaries by network name, and nothing that knows what the names mean.
 
-A network that has an optimiser entry trains, one that has none is frozen. Of a network that trains, the paths in its
-average (`ema`) have gradients and moments, all others are frozen. Randomness is not part of the state: every draw is
-`fold_in(seed, step, purpose)`, so there is nothing to lose on resume.
+A network that has an optimiser entry trains, one that has none is frozen; which of its paths have gradients and
+moments is the objective's business (`trains`). Averages (`ema`) are kept of what trains in the networks of the world.
+Randomness is not part of the state: every draw is `fold_in(seed, step, purpose)`, so there is nothing to lose on
+resume.
 """
 
 import dataclasses
@@ -17,10 +18,10 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Int, PRNGKeyArray
 
 from lingbot_jax.models import params
-from lingbot_jax.models.dit import WorldDiT
 from lingbot_jax.parallel import sharding
 from lingbot_jax.training.config import OptimizerConfig, TrainConfig
-from lingbot_jax.worlds.world import Arrays, specs, template
+from lingbot_jax.training.networks import FAKE, HEAD, makers, templates
+from lingbot_jax.worlds.world import Arrays, specs
 
 Trains = Callable[[str, str], bool]  # (network, parameter path) -> whether it has a gradient
 
@@ -29,7 +30,7 @@ Trains = Callable[[str, str], bool]  # (network, parameter path) -> whether it h
 @dataclasses.dataclass(frozen=True)
 class TrainState:
     """Attributes:
-    step: updates done. params: all parameters by dotted path. ema: averages of those that train.
+    step: updates done. params: all parameters by dotted path, float32. ema: averages of those of the world that train.
     opt: optax state of every network that trains.
     """
 
@@ -67,6 +68,15 @@ def learning_rate(config: OptimizerConfig, updates: int, peak: float | None = No
     return optax.join_schedules([optax.linear_schedule(0.0, peak, warmup), after], [warmup])
 
 
+def optimizer_of(config: TrainConfig, network: str) -> OptimizerConfig:
+    """How a network is updated: the fake scores and the head at rates of their own."""
+    own = config.optimizer
+    if network != HEAD and not network.startswith(FAKE):
+        return own
+    share = config.distill.critic_rate
+    return dataclasses.replace(own, learning_rate=own.learning_rate * share, muon_rate=own.muon_rate * share)
+
+
 def make_optimizer(config: OptimizerConfig, updates: int) -> optax.GradientTransformation:
     """The optimiser of one network. Gains, biases and modulation vectors are not decayed: decay is for matrices."""
     decayed = lambda arrays: {path: path.endswith("kernel") for path in arrays}
@@ -91,9 +101,8 @@ def make_optimizer(config: OptimizerConfig, updates: int) -> optax.GradientTrans
 def random_params(config: TrainConfig) -> dict[str, Arrays]:
     """Freshly initialised parameters of every network. Pure: trace it, so that each is made in its place."""
     made = {}
-    for name, network in config.world.networks.items():
-        key = random_key(config.seed, 0, f"init {name}")
-        made[name] = params.arrays_of(WorldDiT(network, key))
+    for name, make in makers(config).items():
+        made[name] = params.arrays_of(make(random_key(config.seed, 0, f"init {name}")))
     return made
 
 
@@ -106,8 +115,12 @@ def init_state(
         for name, tree in arrays.items()
     }
     trained = {name: tree for name, tree in trained.items() if tree}
-    opt = {name: make_optimizer(config.optimizer, updates[name]).init(tree) for name, tree in trained.items()}
-    return TrainState(jnp.zeros((), jnp.int32), arrays, jax.tree.map(jnp.copy, trained), opt)
+    opt = {
+        name: make_optimizer(optimizer_of(config, name), updates[name]).init(tree)
+        for name, tree in trained.items()
+    }
+    ema = {name: jax.tree.map(jnp.copy, trained[name]) for name in config.world.networks if name in trained}
+    return TrainState(jnp.zeros((), jnp.int32), arrays, ema, opt)
 
 
 def abstract_state(config: TrainConfig, mesh: Mesh, trains: Trains, updates: dict[str, int]) -> TrainState:
@@ -116,7 +129,7 @@ def abstract_state(config: TrainConfig, mesh: Mesh, trains: Trains, updates: dic
     Raises:
       ConfigError: sizes that the mesh does not divide.
     """
-    modules = {name: template(network) for name, network in config.world.networks.items()}
+    modules = templates(config)
     arrays = {name: specs(module, mesh) for name, module in modules.items()}
     state = jax.eval_shape(lambda a: init_state(config, a, trains, updates), arrays)
     axes = {name: params.logical_axes(module) for name, module in modules.items()}

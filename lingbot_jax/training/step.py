@@ -7,7 +7,7 @@ arguments, as plans do; what is planned is what runs.
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -22,13 +22,21 @@ from lingbot_jax.models.text import TextTokens
 from lingbot_jax.parallel import sharding
 from lingbot_jax.parallel.sequence import attention_kernel
 from lingbot_jax.training.config import TrainConfig
-from lingbot_jax.training.objectives import Mean, Metrics, Objective, Update
-from lingbot_jax.training.state import TrainState, abstract_state, learning_rate, make_optimizer, random_key
+from lingbot_jax.training.networks import templates
+from lingbot_jax.training.objectives import Constants, Mean, Metrics, Objective, Update
+from lingbot_jax.training.state import (
+    TrainState,
+    abstract_state,
+    learning_rate,
+    make_optimizer,
+    optimizer_of,
+    random_key,
+)
 from lingbot_jax.worlds import clips
 from lingbot_jax.worlds.clips import Clips, Encoded
 from lingbot_jax.worlds.condition import Camera
 from lingbot_jax.worlds.open import abstract_world
-from lingbot_jax.worlds.world import Arrays, template
+from lingbot_jax.worlds.world import Arrays
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,11 +63,13 @@ def batch_specs(config: TrainConfig, mesh: Mesh) -> Clips:
     placed = sharding.batch_sharding(mesh)
     make = lambda shape, dtype: jax.ShapeDtypeStruct((config.data.batch, *shape), dtype, sharding=placed)
     text, ngram = world.text, isinstance(world.text, NgramConfig)
-    values = make((text.length, text.dim), jnp.float32) if ngram else make((text.length,), jnp.int32)
+    several = () if config.intervals is None else (config.intervals,)
+    length = (*several, text.length)
+    values = make((*length, text.dim), jnp.float32) if ngram else make(length, jnp.int32)
     return Clips(
         frames=make((frames, *config.size, 3), jnp.uint8),
         camera=Camera(make((t, 4, 4), jnp.float32), make((1, 4), jnp.float32), make((t, 4), jnp.float32)),
-        tokens=TextTokens(values, make((text.length,), jnp.bool)),
+        tokens=TextTokens(values, make(length, jnp.bool)),
         known=make((), jnp.int32),
     )
 
@@ -80,7 +90,7 @@ def make_step(
     updates: tuple[Update, ...],
     encoded: Encoded | None = None,
 ) -> Program:
-    """The program (state, clips, null text) -> (state, metrics) that does `updates`; the state is donated.
+    """The program (state, clips, constants) -> (state, metrics) that does `updates`; the state is donated.
 
     It is given the part of the state that the updates read (`TrainState.part(networks_of(updates))`).
 
@@ -91,105 +101,116 @@ def make_step(
     Raises:
       ConfigError: sizes that the mesh does not divide.
     """
-    counts = {name: objective.update_count(name) for name in config.world.networks}
-    whole = abstract_state(config, mesh, objective.trains, counts)
+    whole = abstract_state(config, mesh, objective.trains, update_counts(config, objective))
     state = whole.part(networks_of(updates))
     attend = Attend(kernel=attention_kernel(mesh, config.world.network.heads, config.mesh.ulysses))
     # Where the results go is where the arguments were: the state never moves.
     out = jax.tree.map(lambda leaf: leaf.sharding, state)
-    fn = functools.partial(train_step, config, counts, updates, attend)
-    args = () if encoded is None else (state, encoded, null_spec(config, mesh))
+    fn = functools.partial(train_step, config, objective, updates, attend)
+    args = () if encoded is None else (state, encoded, constants_spec(config, mesh))
     return Program(jax.jit(fn, donate_argnums=0, out_shardings=(out, None)), args, mesh)
 
 
 def networks_of(updates: tuple[Update, ...]) -> tuple[str, ...]:
     """Networks that a step's updates need."""
-    return tuple(dict.fromkeys(name for u in updates for name in (u.network, *u.reads)))
+    return tuple(dict.fromkeys(name for u in updates for name in (*u.networks, *u.reads)))
 
 
-def null_spec(config: TrainConfig, mesh: Mesh) -> jax.ShapeDtypeStruct:
+def update_counts(config: TrainConfig, objective: Objective) -> dict[str, int]:
+    """How many updates each network of a run gets in it."""
+    return {name: objective.update_count(name) for name in templates(config)}
+
+
+def constants_spec(config: TrainConfig, mesh: Mesh) -> Constants:
     text = config.world.text
     whole = NamedSharding(mesh, PartitionSpec())
-    return jax.ShapeDtypeStruct((1, text.length, text.dim), jnp.float32, sharding=whole)
+    null_text = jax.ShapeDtypeStruct((1, text.length, text.dim), jnp.float32, sharding=whole)
+    return Constants(null_text, abstract_world(config.world, mesh).codec)
 
 
 def train_step(
     config: TrainConfig,
-    counts: Mapping[str, int],
+    objective: Objective,
     updates: tuple[Update, ...],
     attend: Attend,
     state: TrainState,
     batch: Encoded,
-    null_text: jax.Array,
+    constants: Constants,
 ) -> tuple[TrainState, Metrics]:
     """The updates of one step, in order; each sees what the ones before it made."""
     key, metrics = random_key(config.seed, state.step, "loss"), {}
     for i, update in enumerate(updates):
         draw = jax.random.fold_in(key, i)
-        state, found = _update(config, counts[update.network], update, attend, state, batch, null_text, draw)
+        state, found = _update(config, objective, update, attend, state, batch, constants, draw)
         metrics = found | metrics  # of several updates the first one's loss is the step's
-        if len(counts) > 1:
-            metrics |= {f"{metric}_{update.network}": value for metric, value in found.items()}
+        if len(templates(config)) > 1:
+            metrics |= {f"{metric}_{update.networks[0]}": value for metric, value in found.items()}
     return dataclasses.replace(state, step=state.step + 1), metrics
 
 
 def _update(
     config: TrainConfig,
-    count: int,
+    objective: Objective,
     update: Update,
     attend: Attend,
     state: TrainState,
     batch: Encoded,
-    null_text: jax.Array,
+    constants: Constants,
     key: jax.Array,
 ) -> tuple[TrainState, Metrics]:
-    """One optimiser update of one network, which gets `count` of them in the run."""
-    name, parts = update.network, config.optimizer.grad_accum_steps
-    gradients = functools.partial(_gradients, config, update, state, null_text, attend)
-    grads, metrics = _accumulated(gradients, batch, key, parts)
-    trained = {path: state.params[name][path] for path in grads}
-    changes, opt = make_optimizer(config.optimizer, count).update(grads, state.opt[name], trained)
-    trained = optax.apply_updates(trained, changes)
-    # The average starts short and lengthens, so that early checkpoints are not the initialisation.
-    decay = jnp.minimum(config.optimizer.ema, (1.0 + state.step) / (10.0 + state.step))
-    ema = jax.tree.map(lambda e, p: decay * e + (1 - decay) * p, state.ema[name], trained)
-    rate = learning_rate(config.optimizer, count)(_updates_done(state.opt[name]))
+    """One optimiser update of each network of an `Update`."""
+    gradients = functools.partial(_gradients, config, objective, update, state, constants, attend)
+    grads, metrics = _accumulated(gradients, batch, key, config.optimizer.grad_accum_steps)
     alone = lambda value: Mean(jnp.asarray(value, jnp.float32), jnp.float32(1))
-    metrics |= {"grad_norm": alone(optax.tree.norm(grads)), "learning_rate": alone(rate)}
-    part = TrainState(state.step, {name: state.params[name] | trained}, {name: ema}, {name: opt})
+    metrics |= {"grad_norm": alone(optax.tree.norm(grads))}
+    part = TrainState(state.step, {}, {}, {})
+    for name, grad in grads.items():
+        own, count = optimizer_of(config, name), objective.update_count(name)
+        before = {path: state.params[name][path] for path in grad}
+        changes, opt = make_optimizer(own, count).update(grad, state.opt[name], before)
+        after = optax.apply_updates(before, changes)
+        part.params[name], part.opt[name] = state.params[name] | after, opt
+        if name in state.ema:
+            # The average starts short and lengthens, so that early checkpoints are not the initialisation.
+            decay = jnp.minimum(own.ema, (1.0 + state.step) / (10.0 + state.step))
+            mix = lambda e, p, decay=decay: decay * e + (1 - decay) * p
+            part.ema[name] = jax.tree.map(mix, state.ema[name], after)
+        rate = learning_rate(own, count)(_updates_done(state.opt[name]))
+        metrics = {"learning_rate": alone(rate)} | metrics  # the first network's
     return state.updated(part), metrics
 
 
 def _gradients(
     config: TrainConfig,
+    objective: Objective,
     update: Update,
     state: TrainState,
-    null_text: jax.Array,
+    constants: Constants,
     attend: Attend,
     batch: Encoded,
     key: jax.Array,
-) -> tuple[Arrays, Metrics]:
-    """Gradients of the parameters that train, and metrics."""
+) -> tuple[dict[str, Arrays], Metrics]:
+    """Gradients of the parameters that train, by network, and metrics."""
+    modules = templates(config)
 
-    def model(name: str, changed: Mapping[str, jax.Array]) -> Any:
-        return params.with_arrays(template(config.world.networks[name]), {**state.params[name], **changed})
+    def loss(trained: dict[str, Arrays]) -> tuple[jax.Array, Metrics]:
+        arrays = {name: state.params[name] | trained.get(name, {}) for name in networks_of((update,))}
+        networks = {name: params.with_arrays(modules[name], tree) for name, tree in arrays.items()}
+        return update.loss(networks, batch, constants, key, attend)
 
-    def loss(trained: Arrays) -> tuple[jax.Array, Metrics]:
-        networks = {name: model(name, {}) for name in update.reads} | {
-            update.network: model(update.network, trained)
-        }
-        return update.loss(networks, batch, null_text, key, attend)
-
-    own = update.network
-    return jax.grad(loss, has_aux=True)({path: state.params[own][path] for path in state.ema[own]})
+    trained = {
+        name: {path: leaf for path, leaf in state.params[name].items() if objective.trains(name, path)}
+        for name in update.networks
+    }
+    return jax.grad(loss, has_aux=True)(trained)
 
 
 def _accumulated(
-    gradients: Callable[[Encoded, jax.Array], tuple[Arrays, Metrics]],
+    gradients: Callable[[Encoded, jax.Array], tuple[dict[str, Arrays], Metrics]],
     batch: Encoded,
     key: jax.Array,
     parts: int,
-) -> tuple[Arrays, Metrics]:
+) -> tuple[dict[str, Arrays], Metrics]:
     """Mean gradient and summed metrics over the parts of a batch, computed one after the other."""
     if parts == 1:
         return gradients(batch, key)

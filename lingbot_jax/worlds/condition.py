@@ -82,6 +82,25 @@ def camera_of(
     return Camera(*(np.asarray(x, np.float32) for x in rows))
 
 
+def camera_window(pose: PoseConfig, camera: Camera, first: Int[Array, ""] | int, count: int) -> Camera:
+    """The camera of `count` latent frames from `first` on, as if the clip began there (`camera_of`)."""
+    frames = first + jnp.arange(count, dtype=jnp.int32)
+    poses, actions = jnp.asarray(camera.poses)[:, frames], jnp.asarray(camera.actions)[:, frames]
+    turn, place = poses[..., :3, :3], poses[..., :3, 3]
+    if pose.reference == "first":
+        back = turn[:, :1].mT
+        place = (back @ (place - place[:, :1])[..., None])[..., 0]
+        turn = back @ turn
+    place, turn = place.at[:, 0].set(0.0), turn.at[:, 0].set(jnp.eye(3))
+    if pose.translation == "max_norm":
+        largest = jnp.linalg.norm(place, axis=-1).max(axis=1)[:, None, None]
+        place = place / jnp.where(largest > 0, largest, 1.0)
+    poses = poses.at[..., :3, :3].set(turn).at[..., :3, 3].set(place)
+    return Camera(
+        poses, camera.intrinsics, actions.at[:, 0].set(0.0)
+    )  # no transition leads into its first frame
+
+
 def conditioning_frames(
     codec: Codec, video: Float[Array, "b f H W 3"], known: Int[Array, "b"], latent_frames: int | None = None
 ) -> Conditioning:

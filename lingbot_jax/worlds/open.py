@@ -1,6 +1,7 @@
 """Opens a run or a bundle. They differ only in where their arrays lie:
 
-a bundle    bundle.json (the WorldConfig), params/NAME/ of every network, of `codec` and of `text`, tokenizer.json
+a bundle    bundle.json (the WorldConfig), params/NAME/ of every network, of `codec` and of `text`, tokenizer.json,
+            manifest.json (hashes) and pictures/ to start from
 a run       config.json (a TrainConfig, which contains the WorldConfig), checkpoints/; codec and text encoder where
             its `codec` says, a path relative to the run where they are its own copy
 """
@@ -20,7 +21,7 @@ from lingbot_jax.models import params
 from lingbot_jax.models.config import NgramConfig
 from lingbot_jax.models.text import HashedNgramEncoder, TextEncoder, UMT5Encoder, load_tokenizer
 from lingbot_jax.parallel.mesh import MeshConfig, make_mesh
-from lingbot_jax.worlds import storage
+from lingbot_jax.worlds import manifest, storage
 from lingbot_jax.worlds.checkpoints import Checkpoints
 from lingbot_jax.worlds.config import WorldConfig
 from lingbot_jax.worlds.world import CODEC, TEXT, Arrays, World, assemble, modules, specs, template
@@ -88,13 +89,18 @@ def _bundle_config(folder: epath.Path, field: str) -> WorldConfig:
             f"{field} = {str(folder)!r}: bundle format {version!r}, this version reads {FORMAT}; convert the "
             "checkpoint again: python -m experiments.convert --source=CHECKPOINT --out=BUNDLE"
         )
+    manifest.read(folder, field)
     return build(WorldConfig, values, f"{folder / BUNDLE}")
 
 
+def bundle_text(config: WorldConfig) -> str:
+    """What bundle.json holds: the format version and the WorldConfig."""
+    return json.dumps({"format": FORMAT, **dataclasses.asdict(config)}, indent=1) + "\n"
+
+
 def write_bundle_config(folder: epath.PathLike, config: WorldConfig) -> None:
-    """Writes bundle.json: the format version and the WorldConfig."""
-    values = {"format": FORMAT, **dataclasses.asdict(config)}
-    (epath.Path(folder) / BUNDLE).write_text(json.dumps(values, indent=1) + "\n")
+    """Writes bundle.json."""
+    (epath.Path(folder) / BUNDLE).write_text(bundle_text(config))
 
 
 def write_codec(folder: epath.PathLike, codec: Any) -> None:

@@ -15,6 +15,7 @@ import tests.bench
 
 def main(names: list[str]) -> None:
     found = [m.name for m in pkgutil.iter_modules(tests.bench.__path__) if m.name != "__main__"]
+    found = [name for name in found if name == names[0]] or found if names else found
     modules = {name: importlib.import_module(f"tests.bench.{name}") for name in found}
     benches = {name: module for name, module in modules.items() if hasattr(module, "run")}
     if names and hasattr(modules.get(names[0]), "main"):

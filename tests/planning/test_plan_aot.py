@@ -208,9 +208,9 @@ def test_phases_are_planned_by_their_number():
 
 def test_of_two_experts_one_is_stepped():
     made = case(with_networks(SMALL, "high", "low"), WHERE)
-    state, encoded, null_text = made.train().args
+    state, encoded, constants = made.train().args
     assert set(made.state().params) == {"high", "low"} and len(state.params) == 1
-    assert encoded.latents.shape == (2, 3, 32, 40, 16) and null_text.shape == (1, 48, 64)
+    assert encoded.latents.shape == (2, 3, 32, 40, 16) and constants.null_text.shape == (1, 48, 64)
     assert encoded.latents.sharding.spec == PartitionSpec(BATCH_AXES)
 
 

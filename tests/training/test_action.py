@@ -13,6 +13,7 @@ import pytest
 from lingbot_jax.models import params
 from lingbot_jax.models.control import is_adapter
 from lingbot_jax.parallel.mesh import make_mesh
+from lingbot_jax.training.objectives import Constants
 from lingbot_jax.training.start import objective_of
 from lingbot_jax.training.state import init_state
 from lingbot_jax.training.step import Program, make_step
@@ -86,7 +87,7 @@ def test_frozen_parameters_stay_bit_identical_and_adapters_move():
     )
     state = init_state(config, {"world": jax.tree.map(jnp.asarray, before)}, trains, {"world": config.steps})
     for _ in range(STEPS):
-        state, _ = step(state, batch(), NULL)
+        state, _ = step(state, batch(), Constants(NULL, None))
     adapters, frozen = split(state.params["world"])
     for path, leaf in frozen.items():
         same = np.asarray(leaf).view(np.uint32) == before[path].view(np.uint32)

@@ -13,6 +13,7 @@ from lingbot_jax.models.attention import Attend
 from lingbot_jax.models.codec import LinearCodec
 from lingbot_jax.models.config import LinearCodecConfig
 from lingbot_jax.training.config import FlowConfig, TaskConfig
+from lingbot_jax.training.objectives import Constants
 from lingbot_jax.training.objectives.world import draw_known, world_loss
 from lingbot_jax.worlds.clips import Encoded
 from lingbot_jax.worlds.condition import Camera, Conditioning, conditioning_frames
@@ -61,7 +62,7 @@ def loss_of(error, flow=None, network="world", tasks=None, batch=64, boundary=0.
     )
     made = clips(batch)
     stub = Stub(made.latents, error)
-    loss, metrics = world_loss(config, network, {network: stub}, made, NULL, KEY, Attend())
+    loss, metrics = world_loss(config, network, {network: stub}, made, Constants(NULL, None), KEY, Attend())
     return stub, float(loss), {name: float(m.sum) / float(m.count) for name, m in metrics.items()}
 
 

@@ -4,12 +4,12 @@ A loss decides its masks and noise levels itself. Two time scales (a critic and 
 """
 
 from collections.abc import Callable, Mapping
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from lingbot_jax.models.attention import Attend
-from lingbot_jax.models.dit import WorldDiT
+from lingbot_jax.models.codec import Codec
 from lingbot_jax.worlds.clips import Encoded
 
 
@@ -20,22 +20,32 @@ class Mean(NamedTuple):
     count: Float[Array, ""]
 
 
+class Constants(NamedTuple):
+    """What no step changes.
+
+    Attributes:
+      null_text: tokens of no text. codec: video <-> latents.
+    """
+
+    null_text: Float[Array, "1 l d"]
+    codec: Codec
+
+
 Metrics = dict[str, Mean]
-# (networks by name, clips, tokens of no text, key, attention) -> loss, metrics
-Loss = Callable[
-    [Mapping[str, WorldDiT], Encoded, Float[Array, "1 l d"], PRNGKeyArray, Attend],
-    tuple[Float[Array, ""], Metrics],
-]
+Networks = Mapping[str, Any]  # by name: WorldDiT, or the head
+# (networks, clips, constants, key, attention) -> loss, metrics
+Loss = Callable[[Networks, Encoded, Constants, PRNGKeyArray, Attend], tuple[Float[Array, ""], Metrics]]
 
 
 class Update(NamedTuple):
     """One optimiser update within a step.
 
     Attributes:
-      network: that is updated. loss: what is minimised. reads: other networks that the loss evaluates.
+      networks: that are updated, each by its own optimiser. loss: what is minimised. reads: other networks that the
+        loss evaluates.
     """
 
-    network: str
+    networks: tuple[str, ...]
     loss: Loss
     reads: tuple[str, ...] = ()
 

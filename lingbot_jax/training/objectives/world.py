@@ -20,7 +20,7 @@ from lingbot_jax.models.attention import Attend
 from lingbot_jax.models.dit import Condition, WorldDiT
 from lingbot_jax.training import curriculum
 from lingbot_jax.training.config import TaskConfig, TrainConfig
-from lingbot_jax.training.objectives import Mean, Metrics, Update
+from lingbot_jax.training.objectives import Constants, Mean, Metrics, Update
 from lingbot_jax.worlds.clips import Encoded
 from lingbot_jax.worlds.condition import make_condition
 
@@ -39,7 +39,7 @@ class WorldObjective:
     def updates(self, step: int) -> tuple[Update, ...]:
         network = curriculum.network_at(self.config, step)
         phase = self.config.phases()[curriculum.phase_at(self.config, step)]
-        return (Update(network, functools.partial(world_loss, phase, network)),)
+        return (Update((network,), functools.partial(world_loss, phase, network)),)
 
     def update_count(self, network: str) -> int:
         return curriculum.update_count(self.config, network)
@@ -73,7 +73,7 @@ def world_loss(
     network: str,
     networks: Mapping[str, WorldDiT],
     clips: Encoded,
-    null_text: Float[Array, "1 l d"],
+    constants: Constants,
     key: PRNGKeyArray,
     attend: Attend,
 ) -> tuple[Float[Array, ""], Metrics]:
@@ -89,7 +89,7 @@ def world_loss(
     noise = jax.random.normal(noise_key, latents.shape, latents.dtype)
     timestep = jnp.broadcast_to(TIMESTEPS * sigma, (batch, frames))
     condition = make_condition(model.config, latents.shape[2:4], clips.text, clips.camera, clips.conditioning)
-    condition = drop_conditions(drop_key, condition, null_text, config.tasks)
+    condition = drop_conditions(drop_key, condition, constants.null_text, config.tasks)
     velocity = model(add_noise(latents, noise, sigma), timestep, condition, attend=attend)
     error = jnp.square(velocity - velocity_target(latents, noise)).mean(axis=(1, 2, 3, 4))
     noisy = (sigma[:, 0] > NOISY).astype(error.dtype)
