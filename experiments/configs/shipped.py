@@ -52,10 +52,10 @@ def _codec() -> ConfigDict:
 
 
 NETWORK = {
-    "dim": 160,
-    "layers": 4,
-    "heads": 5,
-    "ffn": 640,
+    "dim": 192,
+    "layers": 5,
+    "heads": 6,
+    "ffn": 768,
     "freq_dim": 64,
     "text_dim": 64,
     "text_len": 48,
@@ -72,6 +72,7 @@ WORLD = {
     "text": {"kind": "ngram", "dim": NETWORK["text_dim"], "length": NETWORK["text_len"]},
     # Each pose from the one before: however long one walks, what the network is told stays what it was trained on.
     "pose": {"reference": "previous", "translation": "metric"},
+    "caption": "scene",  # what the weather has become by the end of the crop
     "keyboard": {"turn_rate": YAW},
     "sample": {"steps": 12, "shift": 6.0, "solver": "euler", "guidance": {"low": 1.0, "high": 1.0}},
 }
