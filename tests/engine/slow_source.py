@@ -4,7 +4,7 @@ import time
 from pathlib import Path
 
 from lingbot_jax.data.schema import Clip
-from lingbot_jax.engine.collect.collector import vizdoom_source
+from lingbot_jax.engine.collect.collector import configured_source
 from lingbot_jax.engine.collect.config import CollectConfig
 from lingbot_jax.engine.collect.source import Shard, Source, Task
 
@@ -22,4 +22,4 @@ class SlowSource:
 
 
 def slow_source(config: CollectConfig, work: Path, shard: Shard) -> SlowSource:
-    return SlowSource(vizdoom_source(config, work, shard))
+    return SlowSource(configured_source(config, work, shard))

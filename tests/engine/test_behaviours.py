@@ -5,7 +5,7 @@ import pytest
 
 from lingbot_jax.control.keyboard import integrate
 from lingbot_jax.engine.collect.behaviours import BEHAVIOURS
-from lingbot_jax.engine.collect.vizdoom_source import camera_to_world
+from lingbot_jax.engine.collect.source import camera_to_world
 from lingbot_jax.engine.collect.walk import Pose, Spot, Walker, hold, reverse
 
 STEP, YAW = 5.0, 3.0

@@ -21,11 +21,12 @@ from lingbot_jax.data.schema import decode, encode
 from lingbot_jax.engine.collect import engines
 from lingbot_jax.engine.collect.collector import CollectError, _alone, collect, make_shard
 from lingbot_jax.engine.collect.config import BEHAVIOURS, CollectConfig
-from lingbot_jax.engine.collect.source import MapName, Task, plan
-from lingbot_jax.engine.collect.vizdoom_source import EngineLost, VizdoomSource
+from lingbot_jax.engine.collect.source import EngineLost, MapName, Task, plan
+from lingbot_jax.engine.collect.vizdoom_source import VizdoomSource
 from tests.data.clips import make_clip
 
 SETTINGS = {
+    "source": "vizdoom",
     "clips": 14,
     "held_out": 4,
     "frames": 9,

@@ -33,12 +33,12 @@ def test_shares_are_exact_and_shards_cover_all():
 
 
 def test_no_map_is_in_two_splits():
-    all_tasks = tasks(clips=400, held_out=400, bundled=0.5, seed=3)
+    all_tasks = tasks(source="vizdoom", clips=400, held_out=400, bundled=0.5, seed=3)
     train, held = ({t.map for t in all_tasks if t.split == s} for s in ("train", "held_out"))
     assert train and held and not train & held
     share = np.mean([t.map.seed is None for t in all_tasks])
     assert share == pytest.approx(0.5, abs=0.02)
-    other = {t.map for t in tasks(clips=400, held_out=400, bundled=0.0, seed=4)}
+    other = {t.map for t in tasks(source="vizdoom", clips=400, held_out=400, bundled=0.0, seed=4)}
     assert not other & (train | held), "another seed is other maps"
 
 
@@ -46,7 +46,12 @@ def test_no_map_is_in_two_splits():
     ("fields", "message"),
     [
         ({"clips": 0}, "config.clips = 0: must be greater than or equal to 1"),
-        ({"size": (48, 640)}, r"config.size = \(48, 640\): must be \(height, width\) within"),
+        (
+            {"source": "vizdoom", "size": (48, 640)},
+            r"config.size = \(48, 640\): must be \(height, width\) within",
+        ),
+        ({"source": "unreal"}, "config.source = 'unreal': must be 'rendered' or 'vizdoom'"),
+        ({"people": 2.0}, "config.people = 2.0: must be less than or equal to 1"),
         ({"render": "64x48"}, "config.render = '64x48': must be '160x120'"),
         ({"step": 20.0}, "config.step = 20.0: must be less than or equal to 16"),
         ({"behaviours": {"flying": 1.0}}, r"config.behaviours = \['flying'\]: allowed: free_navigation"),
