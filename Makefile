@@ -13,7 +13,9 @@ PIP = $(BIN)/pip install --quiet --disable-pip-version-check
 MADE = $(VENV)/$(notdir $(PYTHON))
 SHORT = tests/models tests/kernels tests/test_golden.py tests/parallel/test_two_processes.py
 # Every stage of the demo, but hardly trained: the numbers it prints mean nothing.
-SHORT_DEMO = --root=runs/short --set=world.steps=20 --set=action.steps=10
+SHORT_DEMO = --root=runs/short --set=collect.clips=128 --set=codec.steps=20 --set=world.steps=20 --set=action.steps=10 \
+  --set=causal.steps=10 --set=distill.steps=6 --set=collect_long.held_out=8 --set=compare.clips=2 --set=compare.plays=1 \
+  --set=compare.shown=1 --set=compare.found=6
 
 .PHONY: venv play demo demo-short test test-short test-parity test-browser lint bench clean
 

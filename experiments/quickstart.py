@@ -33,10 +33,8 @@ from experiments.common import UserError
 from experiments.configs import shipped, tiny
 from lingbot_jax.data.crops import crops
 from lingbot_jax.data.video import write_image
-from lingbot_jax.evaluation.report import Report, plot_lines
-from lingbot_jax.files import write_whole
+from lingbot_jax.evaluation.demo import write_report
 from lingbot_jax.models.text import HashedNgramEncoder, is_truncated
-from lingbot_jax.training.metrics import read_metrics
 from lingbot_jax.training.run_dir import load_config
 
 ROOT = flags.DEFINE_string(
@@ -56,7 +54,6 @@ SET = flags.DEFINE_multi_string(
 )
 
 KEYS = "w-8,j-8,w-8,l-8"  # of the walk: 33 frames
-TARGETS = {"true_over_frozen": 2.0, "true_over_other": 1.5, "minutes": 12.0, "peak_rss_gib": 6.0}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,7 +95,8 @@ def stages(root: pathlib.Path, settings: types.ModuleType = tiny, source: str | 
       settings: module of the config file, tiny or shipped. source: of the clips; None: the config's.
     """
     data, codec, world, action = root / "data", root / "codec", root / "world", root / "action"
-    walk, out = root / "walk", root / "evaluation"
+    walk, out, causal, distill = (root / name for name in ("walk", "evaluation", "causal", "distill"))
+    long, compared = root / "long", root / "compare"
     file = f"experiments/configs/{settings.__name__.rpartition('.')[2]}.py"
 
     def config(name: str, **fields: pathlib.Path) -> Callable[[], list[str]]:
@@ -106,7 +104,8 @@ def stages(root: pathlib.Path, settings: types.ModuleType = tiny, source: str | 
         return lambda: [f"--config={file}:{name}", *paths]
 
     trained = {"codec": codec, "data__path": data}
-    collected = {"out": data} | ({"source": source} if source else {})
+    chosen = {"source": source} if source else {}
+    collected, far = {"out": data} | chosen, {"out": long} | chosen
     plan = [
         ("collect", "Collect clips", "collect", data, config("collect", **collected)),
         ("codec", "Fit the latent codec", "fit_codec", codec, config("codec", out=codec, data__path=data)),
@@ -120,6 +119,28 @@ def stages(root: pathlib.Path, settings: types.ModuleType = tiny, source: str | 
         ),
         ("walk", "Walk through an unseen place", "generate", walk, lambda: walk_arguments(root)),
         ("evaluate", "Measure held-out clips", "evaluate", out, config("evaluate", run=action, out=out)),
+        (
+            "causal",
+            "Make it causal: chunk after chunk",
+            "train",
+            causal,
+            config("causal", run=causal, init=action, **trained),
+        ),
+        (
+            "distill",
+            "Distil it to four steps on its own rollouts",
+            "train",
+            distill,
+            config("distill", run=distill, init=causal, teacher=action, **trained),
+        ),
+        ("collect_long", "Collect long held-out clips", "collect", long, config("collect_long", **far)),
+        (
+            "compare",
+            "Compare before and after on long clips",
+            "compare",
+            compared,
+            config("compare", teacher=action, causal=causal, distilled=distill, path=long, out=compared),
+        ),
     ]
     own = {"walk": {"flag": "--", "resumes": False}}  # flags in place of a config, and made at one go
     return [Stage(*entry, settings, **own.get(entry[0], {})) for entry in plan]
@@ -233,7 +254,7 @@ def main() -> None:
             log.pop(stage.name, None)
         console.rule(f"{number + 1}/{len(plan)} {stage.title}")
         run_stage(stage, stage.command(overrides[stage.name]), log, log_path)
-    metrics = write_report(root, plan, log)
+    metrics = write_report(root, {s.name: log[s.name] for s in plan if s.name in log}, KEYS)
     summary = Table("measure", "value", title=str(root / "report.html"))
     for name, value in metrics.items():
         summary.add_row(name, f"{value:.2f}" if isinstance(value, float) else str(value))
@@ -242,96 +263,6 @@ def main() -> None:
 
 def _shown(command: list[str]) -> str:
     return shlex.join(["python", *command[1:]])
-
-
-def write_report(root: pathlib.Path, plan: list[Stage], log: dict) -> dict:
-    """Writes metrics.json and report.html from what the stages left; returns the metrics."""
-    evaluation = json.loads((root / "evaluation" / "evaluation.json").read_text())
-    curves = {name: list(read_metrics(root / name)) for name in ("world", "action")}
-    minutes = sum(entry["seconds"] for entry in log.values()) / 60
-    peak = max(entry["peak_rss_gib"] for entry in log.values())
-    measures = [k for k, v in evaluation.items() if not isinstance(v, dict)]
-    metrics = {name: evaluation[name] for name in measures} | {
-        "minutes": minutes,
-        "peak_rss_gib": peak,
-        "train_steps": sum(lines[-1]["step"] for lines in curves.values()),
-    }
-    write_whole(root / "metrics.json", json.dumps(metrics, indent=2) + "\n")
-
-    plot_lines(
-        root / "loss.png",
-        [(name, [m["step"] for m in lines], [m["loss"] for m in lines]) for name, lines in curves.items()],
-        "step",
-        "flow matching loss",
-        log=True,
-    )
-    frames = range(1, evaluation["generated_frames"] + 1)
-    by_frame = evaluation["psnr_by_frame"].items()
-    plot_lines(
-        root / "psnr.png", [(k.replace("_", " "), frames, v) for k, v in by_frame], "frame", "PSNR (dB)"
-    )
-
-    true, frozen, other = (metrics[f"psnr_{k}"] for k in ("true_keys", "frozen", "other_keys"))
-    report = Report(
-        "A small world model, learnt on a CPU",
-        f"{metrics['train_steps']} steps on this CPU, from frames that a player collected. "
-        "It is given one picture and the keys, and imagines the rest.",
-    )
-    report.cards(
-        [
-            (
-                f"{true - frozen:+.2f} dB",
-                "PSNR over a frozen first frame (target +2)",
-                true - frozen >= TARGETS["true_over_frozen"],
-            ),
-            (
-                f"{true - other:+.2f} dB",
-                "PSNR over another clip's keys (target +1.5)",
-                true - other >= TARGETS["true_over_other"],
-            ),
-            (f"{metrics['yaw_sign_agreement']:.0%}", "turns that go the way of the key", None),
-            (f"{minutes:.1f} min", "all stages (target 12)", minutes <= TARGETS["minutes"]),
-            (f"{peak:.1f} GiB", "resident memory at most (target 6)", peak <= TARGETS["peak_rss_gib"]),
-        ]
-    )
-    report.heading("A walk through a place that was never seen")
-    report.text(
-        f"One given picture, then the keys {KEYS}: forward, a turn to the left, forward, a turn to the right. "
-        "Each window of frames continues the last frames of the one before; the picture fades from window to "
-        "window, which is what the causal post-training still to come is for."
-    )
-    report.video("walk/video.mp4")
-    report.heading("Held-out clips: truth, generated with the true keys, generated with another clip's keys")
-    report.text(
-        f"The places of these {evaluation['clips']} clips were never trained on. Every generated clip starts from the "
-        "true first frame; the third column walks through the same world with keys it was not recorded with."
-    )
-    report.video("evaluation/generated.mp4")
-    report.image("evaluation/sheet.png", "contact sheet of held-out clips")
-    report.heading("Numbers")
-    rows = [
-        [name, f"{value:.3f}" if isinstance(value, float) else str(value)] for name, value in metrics.items()
-    ]
-    report.table(["measure", "value"], rows)
-    report.image("psnr.png", "PSNR by frame")
-    report.heading("Training")
-    report.image("loss.png", "loss curves")
-    report.heading("Stages")
-    report.table(
-        ["stage", "seconds", "GiB", "command"],
-        [
-            [
-                s.name,
-                f"{log[s.name]['seconds']:.0f}",
-                f"{log[s.name]['peak_rss_gib']:.1f}",
-                log[s.name]["command"],
-            ]
-            for s in plan
-            if s.name in log
-        ],
-    )
-    report.write(root / "report.html")
-    return metrics
 
 
 if __name__ == "__main__":

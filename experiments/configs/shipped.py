@@ -5,13 +5,16 @@ python -m experiments.collect   --config=experiments/configs/shipped.py:collect_
 python -m experiments.fit_codec --config=experiments/configs/shipped.py:codec
 python -m experiments.train     --config=experiments/configs/shipped.py:world
 python -m experiments.train     --config=experiments/configs/shipped.py:action
+python -m experiments.train     --config=experiments/configs/shipped.py:causal
+python -m experiments.train     --config=experiments/configs/shipped.py:distill
 python -m experiments.evaluate  --config=experiments/configs/shipped.py:evaluate
+python -m experiments.compare   --config=experiments/configs/shipped.py:compare
 """
 
 from ml_collections import ConfigDict
 
 from experiments.configs import tiny
-from experiments.configs.schema import EvaluateConfig, FitCodecConfig
+from experiments.configs.schema import CompareConfig, EvaluateConfig, FitCodecConfig
 from lingbot_jax.config import template
 from lingbot_jax.engine.collect.config import CollectConfig
 from lingbot_jax.training.config import TrainConfig
@@ -116,6 +119,19 @@ def _causal() -> ConfigDict:
     )
 
 
+def _distill() -> ConfigDict:
+    made = tiny.get_config("distill").to_dict()
+    fields = {"steps": 2000, "distill": made["distill"], "optimizer": made["optimizer"] | {"ema": 0.99}}
+    fields |= {"init": f"{ROOT}/causal", "teacher": f"{ROOT}/action", "world": CAUSAL_WORLD}
+    data = {"path": f"{ROOT}/data", "frames": 33, "batch": 8}
+    return _train("distill", data=data, tasks={"continuation": 0.0}, **fields)
+
+
+def _compare() -> ConfigDict:
+    models = {"teacher": f"{ROOT}/action", "causal": f"{ROOT}/causal", "distilled": f"{ROOT}/distill"}
+    return template(CompareConfig, models | {"path": f"{ROOT}/long", "out": f"{ROOT}/compare", "frames": 161})
+
+
 def _evaluate() -> ConfigDict:
     return template(EvaluateConfig, {"run": f"{ROOT}/action", "out": f"{ROOT}/evaluation"})
 
@@ -128,6 +144,8 @@ def get_config(experiment: str = "world") -> ConfigDict:
         "world": lambda: _train("world", 12000),
         "action": lambda: _train("action", 500, init=f"{ROOT}/world"),
         "causal": _causal,
+        "distill": _distill,
+        "compare": _compare,
         "evaluate": _evaluate,
     }
     if experiment not in made:

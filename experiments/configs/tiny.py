@@ -11,11 +11,13 @@ from its own rollouts:
     python -m experiments.evaluate  --config=experiments/configs/tiny.py:evaluate
     python -m experiments.train     --config=experiments/configs/tiny.py:causal
     python -m experiments.train     --config=experiments/configs/tiny.py:distill
+    python -m experiments.collect   --config=experiments/configs/tiny.py:collect_long
+    python -m experiments.compare   --config=experiments/configs/tiny.py:compare
 """
 
 from ml_collections import ConfigDict
 
-from experiments.configs.schema import EvaluateConfig, FitCodecConfig
+from experiments.configs.schema import CompareConfig, EvaluateConfig, FitCodecConfig
 from lingbot_jax.config import template
 from lingbot_jax.engine.collect.config import CollectConfig
 from lingbot_jax.training.config import TrainConfig
@@ -156,6 +158,17 @@ def _evaluate() -> ConfigDict:
     return template(EvaluateConfig, {"run": f"{ROOT}/action", "out": f"{ROOT}/evaluation"})
 
 
+def _collect_long() -> ConfigDict:
+    """Held-out clips of 8 s, on which models are compared."""
+    fields = {"out": f"{ROOT}/long", "seed": 1, "clips": 1, "held_out": 24, "frames": 129, "yaw": YAW}
+    return template(CollectConfig, fields | {"clips_per_map": 1, "compression": "uncompressed"})
+
+
+def _compare() -> ConfigDict:
+    models = {"teacher": f"{ROOT}/action", "causal": f"{ROOT}/causal", "distilled": f"{ROOT}/distill"}
+    return template(CompareConfig, models | {"path": f"{ROOT}/long", "out": f"{ROOT}/compare", "clips": 6})
+
+
 def get_config(experiment: str = "world") -> ConfigDict:
     made = {
         "collect": _collect,
@@ -164,6 +177,8 @@ def get_config(experiment: str = "world") -> ConfigDict:
         "action": lambda: _train("action", 100, init=f"{ROOT}/world"),
         "causal": _causal,
         "distill": _distill,
+        "collect_long": _collect_long,
+        "compare": _compare,
         "evaluate": _evaluate,
     }
     if experiment not in made:
