@@ -29,8 +29,6 @@ import tempfile
 import time
 from typing import Any
 
-import numpy as np
-
 from lingbot_jax.parallel.mesh import MeshConfig
 from tests import xla
 
@@ -162,15 +160,11 @@ class Miniature:
         records = dict(row for part in parts for row in part.pop("records"))
         return {"states": parts[0], "agree": all(part == parts[0] for part in parts), "records": records}
 
-    def frames(self, devices: int) -> dict[str, np.ndarray]:
-        """Sampled and played on a mesh of that many devices."""
-        out = self.folder / f"frames-{devices}.npz"
-        run(
-            ["tests.bench.miniature_worker", "sample", str(self.folder), str(devices), str(out)],
-            devices,
-            self.cache,
-        )
-        return dict(np.load(out))
+    def differences(self) -> dict[str, float]:
+        """Of frames sampled and of frames played, a mesh of all devices against one."""
+        total = self.processes * self.devices
+        command = ["tests.bench.miniature_worker", "sample", str(self.folder), str(total)]
+        return json.loads(run(command, total, self.cache).splitlines()[-1])
 
 
 def measure(source: pathlib.Path, folder: pathlib.Path, processes: int, devices: int) -> dict[str, Any]:
@@ -180,15 +174,9 @@ def measure(source: pathlib.Path, folder: pathlib.Path, processes: int, devices:
     made = Miniature(folder, processes, devices)
     total = processes * devices
     made.say("convert")
-    convert = ["experiments.convert", "--dtype=keep"]
-    run([*convert, f"--source={source}", f"--out={made.bundle}"], 1, made.cache)
-    run(
-        [*convert[:1], "--to=published", f"--source={made.bundle}", f"--out={folder / 'published'}"],
-        1,
-        made.cache,
-    )
-    run([*convert, f"--source={folder / 'published'}", f"--out={folder / 'again'}"], 1, made.cache)
-    equal = worker.equal_bundles(made.bundle, folder / "again")
+    convert = ["experiments.convert", "--dtype=keep", f"--source={source}", f"--out={made.bundle}"]
+    run(convert, 1, made.cache)
+    equal = worker.converted_back(made.bundle, folder)
     worker.make_data(made.bundle, folder / "data", CLIPS, FRAMES)
     made.say(f"train in {processes} x {devices}")
     made.job("whole").finish()
@@ -199,15 +187,15 @@ def measure(source: pathlib.Path, folder: pathlib.Path, processes: int, devices:
     made.say("restore")
     many, one = made.restored(one=False), made.restored(one=True)
     made.say("sample and play")
-    mesh, single = made.frames(total), made.frames(1)
+    differences = made.differences()
     whole, killed, alone = (made.losses(name) for name in ("whole", "killed", "alone"))
     return {
         "losses": whole,
         "resumed_equal": whole == killed and many == one and many["agree"],
         "one_process_max_difference": max(abs(a - b) for a, b in zip(whole, alone, strict=True)),
         "converted_back_equal": equal,
-        "sampled_max_difference": float(np.abs(mesh["sampled"] - single["sampled"]).max()),
-        "played_max_difference": float(np.abs(mesh["played"] - single["played"]).max()),
+        "sampled_max_difference": differences["sampled"],
+        "played_max_difference": differences["played"],
     }
 
 

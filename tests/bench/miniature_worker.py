@@ -1,7 +1,7 @@
 """The parts of `miniature` that need JAX and the package; some run in processes of their own.
 
 python -m tests.bench.miniature_worker state FOLDER DEVICES [--distributed ...]
-python -m tests.bench.miniature_worker sample FOLDER DEVICES OUT
+python -m tests.bench.miniature_worker sample FOLDER DEVICES
 """
 
 import argparse
@@ -15,6 +15,7 @@ from ml_collections import ConfigDict
 
 from lingbot_jax.config import template
 from lingbot_jax.control.keyboard import integrate
+from lingbot_jax.convert import contents, write
 from lingbot_jax.data import records, schema
 from lingbot_jax.data.loader import Dataset
 from lingbot_jax.diffusion.guidance import Guidance
@@ -108,6 +109,13 @@ def train_config(
     )
 
 
+def converted_back(bundle: pathlib.Path, folder: pathlib.Path) -> bool:
+    """Whether bundle -> published -> bundle gives every array its bits again."""
+    write.to_published(contents.look(str(bundle)), folder / "published")
+    write.to_bundle(contents.look(str(folder / "published")), folder / "again", dtype="keep")
+    return equal_bundles(bundle, folder / "again")
+
+
 def equal_bundles(one: pathlib.Path, other: pathlib.Path) -> bool:
     """Whether every array of two bundles has the same bits."""
     names = modules(find(one).config)
@@ -142,8 +150,14 @@ def state(folder: pathlib.Path, devices: int) -> None:
     print(json.dumps({"step": int(restored["step"]), "digests": digests, "records": ids}))
 
 
-def sample(folder: pathlib.Path, devices: int, out: pathlib.Path) -> None:
-    """Saves frames sampled and played from the bundle, computed in float32."""
+def sample(folder: pathlib.Path, devices: int) -> None:
+    """Prints how far frames sampled and played on a mesh of all devices are from those on one, in float32."""
+    mesh, single = _frames(folder, devices), _frames(folder, 1)
+    print(json.dumps({name: float(np.abs(mesh[name] - single[name]).max()) for name in mesh}))
+
+
+def _frames(folder: pathlib.Path, devices: int) -> dict[str, np.ndarray]:
+    """Frames in [-1, 1], sampled and played from the bundle on the first devices."""
     from tests.bench.miniature import mesh_of
 
     mesh = make_mesh(mesh_of(devices), jax.devices()[:devices])
@@ -163,7 +177,7 @@ def sample(folder: pathlib.Path, devices: int, out: pathlib.Path) -> None:
     session.start(rows["frames"][0, 0], "a hall", seed=1)
     walk = np.eye(8, dtype=bool)[0]
     played = np.concatenate([session.step(walk) for _ in range(6)])
-    np.savez(out, sampled=sampled, played=played.astype(np.float32) / 127.5 - 1)
+    return {"sampled": sampled, "played": played.astype(np.float32) / 127.5 - 1}
 
 
 def _opened(bundle: pathlib.Path, mesh) -> World:
@@ -186,7 +200,6 @@ if __name__ == "__main__":
     parser.add_argument("what", choices=["state", "sample"])
     parser.add_argument("folder", type=pathlib.Path)
     parser.add_argument("total", type=int)
-    parser.add_argument("out", type=pathlib.Path, nargs="?")
     parser.add_argument("--distributed", action="store_true")
     parser.add_argument("--coordinator")
     parser.add_argument("--processes", type=int)
@@ -197,4 +210,4 @@ if __name__ == "__main__":
     if given.what == "state":
         state(given.folder, given.total)
     else:
-        sample(given.folder, given.total, given.out)
+        sample(given.folder, given.total)

@@ -70,7 +70,7 @@ class Sizes:
     def vae(self) -> VAEConfig:
         z = self.vae_channels
         moments = {} if z == 16 else {"mean": (0.0,) * z, "std": (1.0,) * z}
-        return VAEConfig(width=self.vae_width, channels=z, **moments)
+        return VAEConfig(width=self.vae_width, mults=(1, 1, 2, 2), blocks=1, channels=z, **moments)
 
     @property
     def text(self) -> UMT5Config:
