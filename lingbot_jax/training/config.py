@@ -208,6 +208,8 @@ class TrainConfig:
         require(
             names in ([], [STUDENT]), "world.networks", names, f"stage {self.stage} has `{STUDENT}` alone"
         )
+        every = self.validation.every
+        require(every == 0, "validation.every", every, "must be 0: a causal world samples no whole clips")
         require(self.world.causal, "world.causal", None, f"stage {self.stage} trains for it: describe it")
         if self.needs_teacher:
             given = self.teacher is not None or bool(self.teachers)

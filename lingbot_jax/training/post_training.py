@@ -19,6 +19,11 @@ class ForcingConfig:
         description="the past of a chunk is at noise levels of its own (paper), or a clean copy of the clip; ode: as "
         "the first, on the teacher's trajectories in place of noised clips",
     )
+    corruption: Below1 = Field(
+        0.0,
+        description="largest noise level of a past that is told to be clean, uniform from 0 per chunk: what a student "
+        "makes is never as clean as a recording",
+    )
     trajectory: TrajectoryConfig = Field(TrajectoryConfig(), description="of ode")
     weighting: Literal["x0", "velocity"] = Field(
         "x0",

@@ -26,6 +26,7 @@ from lingbot_jax.training.objectives import causal as objective
 from lingbot_jax.training.objectives.causal import (
     block_causal_velocity,
     causal_loss,
+    corrupted,
     draw_levels,
     weighted_loss,
 )
@@ -177,6 +178,14 @@ def test_every_interval_has_the_text_of_its_middle():
     wanted = texts.tokenize(["a hall rain", "a hall"])
     np.testing.assert_array_equal(made.values[0], wanted.values)
     np.testing.assert_array_equal(made.mask[0], wanted.mask)
+
+
+def test_a_corrupted_past_has_a_little_noise_of_its_own_per_chunk():
+    clean = jnp.ones((500, 4, 2, 4, 6))
+    made = np.asarray(corrupted(jax.random.key(0), clean, CAUSAL, 0.4))
+    level = 1 - made.reshape(500, 2, -1).mean(-1)  # of (1 - s) + s n
+    assert level.min() > -0.1 and level.max() < 0.5 and 0.19 < level.mean() < 0.21
+    assert np.abs(level[:, 0] - level[:, 1]).mean() > 0.1
 
 
 def causal_config(folder: pathlib.Path, run: str, **fields):

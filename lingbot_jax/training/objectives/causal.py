@@ -71,6 +71,15 @@ def draw_levels(
     return drawn, tables[0][drawn], tables[1][drawn]
 
 
+def corrupted(key: PRNGKeyArray, clean: Latents, config: CausalConfig, most: float) -> Latents:
+    """Latents with a little noise, of a level of 0 to `most` that the frames of a chunk share."""
+    level_key, noise_key = jax.random.split(key)
+    batch, frames = clean.shape[:2]
+    level = most * jax.random.uniform(level_key, (batch, -(-frames // config.chunk)))
+    level = jnp.repeat(level, config.chunk, axis=1)[:, :frames]
+    return add_noise(clean, jax.random.normal(noise_key, clean.shape), level)
+
+
 def block_causal_velocity(
     model: WorldDiT,
     noisy: Latents,
@@ -143,15 +152,12 @@ def causal_loss(
         noisy = jnp.take_along_axis(states, step[None, :, :, None, None, None], axis=0)[0]
         level = over(sigma, noisy)
         target = jnp.where(level > 0, (noisy - end) / jnp.where(level > 0, level, 1.0), 0.0)
-    velocity = block_causal_velocity(
-        model,
-        noisy,
-        timestep,
-        condition,
-        config.world.causal,
-        attend,
-        latents if teacher else None,
-    )
+    past = latents
+    if forcing.corruption:
+        clean = corrupted(jax.random.fold_in(key, 1), latents, config.world.causal, forcing.corruption)
+        noisy, past = jnp.where(over(sigma, noisy) > 0, noisy, clean), clean
+    past = past if teacher else None
+    velocity = block_causal_velocity(model, noisy, timestep, condition, config.world.causal, attend, past)
     return weighted_loss(velocity - target, sigma, forcing.weighting)
 
 
