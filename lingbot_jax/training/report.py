@@ -80,8 +80,10 @@ class Report:
             return
         (step, metrics, records, clock), self._pending = self._pending, None
         values = {name: (float(mean.sum), float(mean.count)) for name, mean in metrics.items()}
-        # Also the gradient: a finite loss with a gradient that is not would be saved as parameters that are not.
-        for name in ("loss", "grad_norm"):
+        # Also the gradient: a finite loss with a gradient that is not would be saved as parameters that are not. And of
+        # every update: a step may have several.
+        found = [name for name in values if name.startswith(("loss", "grad_norm"))]
+        for name in sorted(found, key=lambda name: (name not in ("loss", "grad_norm"), name)):
             if not np.isfinite(values[name][0]):
                 raise NonFiniteLoss(
                     f"{name} = {values[name][0]} at step {step}; the batch was records {', '.join(records)}; the last "
