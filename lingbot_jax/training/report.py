@@ -56,7 +56,7 @@ class Report:
         t = phase.world.codec.latent_frames(phase.data.frames)
         network, codec = phase.world.network, phase.world.codec
         self._line, self._per_step = None, {"tokens": 0.0, "flops": 0.0}
-        if phase.size != (0, 0):
+        if phase.size != (0, 0) and phase.stage != "distill":  # whose rollouts differ from step to step
             height, width = (s // codec.stride[1] for s in phase.size)
             tokens = t * (height // network.patch[1]) * (width // network.patch[2])
             flops = training_flops(network, t, height, width, adapters_only=phase.stage == "action")
