@@ -129,11 +129,11 @@ def _distill() -> ConfigDict:
     # The teacher knows clips of five latent frames: so long are the windows that the scores see.
     return _train(
         "distill",
-        750,
+        300,
         init=f"{ROOT}/causal",
         teacher=f"{ROOT}/action",
         world=CAUSAL_WORLD,
-        data=_data() | {"frames": 33, "batch": 16},
+        data=_data() | {"frames": 33, "batch": 8},
         tasks={"continuation": 0.0},
         distill={
             "critic_rate": 1.0,

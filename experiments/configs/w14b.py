@@ -10,6 +10,13 @@ the high-noise expert, w14b.py:world,low the other, w14b.py:world,both the two i
     python -m experiments.plan --config=experiments/configs/w14b.py:world --topology=v5p:4x4x4
     python -m experiments.plan --config=experiments/configs/w14b.py:world --topology=v5p:8x8x8 --phase=3
 
+Post-training (section 3.4) makes of the two experts one causal student of four steps. `causal` starts it as the
+high-noise expert, `distill` learns from both, which are joined first:
+
+    python -m experiments.convert --source=high=runs/w14b/action-high,low=runs/w14b/action-low --out=bundles/w14b
+    python -m experiments.train --config=experiments/configs/w14b.py:causal  --distributed
+    python -m experiments.train --config=experiments/configs/w14b.py:distill --distributed
+
 `evaluate` measures the trained world.
 """
 
@@ -47,6 +54,16 @@ CURRICULUM = {
         _phase(5000, frames=321, batch=16, shift=7.3, seq=4),
     ),
 }
+# Latent frames are a multiple of the chunk, 3. Rollouts reach the length of a clip: 5 seconds, 20, a minute.
+POST_TRAINING = {
+    "causal": (_phase(3000, frames=81, batch=64, shift=5.0, seq=1),),
+    "distill": (
+        _phase(3000, frames=81, batch=64, shift=5.0, seq=4),
+        _phase(4000, frames=321, batch=64, shift=5.0, seq=4),
+        _phase(5000, frames=957, batch=64, shift=5.0, seq=4),
+    ),
+}
+TEACHER = "bundles/w14b"
 EXPERTS = {"high": ("high",), "low": ("low",), "both": ("high", "low")}
 
 
@@ -55,9 +72,11 @@ def get_config(argument: str = "world") -> ConfigDict:
     expert = expert or "high"
     if stage == "evaluate":
         return template(EvaluateConfig, {"run": f"{ROOT}/action-{expert}", "out": f"{ROOT}/evaluation"})
+    if stage in POST_TRAINING:
+        return _post_training(stage)
     if stage not in CURRICULUM or expert not in EXPERTS:
         raise ValueError(
-            f"w14b.py:{argument}: choose world, action or evaluate; world,low and world,both as well"
+            f"w14b.py:{argument}: choose world, action, causal, distill or evaluate; world,low and world,both as well"
         )
     control = {"world": "none", "action": "cam"}[stage]
     network = dataclasses.asdict(W14B) | {"control": control, "remat": "full"}
@@ -85,5 +104,39 @@ def get_config(argument: str = "world") -> ConfigDict:
             },
             "checkpoint": {"every": 250},
             "curriculum": CURRICULUM[stage],
+        },
+    )
+
+
+def _post_training(stage: str) -> ConfigDict:
+    network = dataclasses.asdict(W14B) | {"control": "cam", "remat": "full"}
+    start = {"init": TEACHER}
+    if stage == "distill":
+        start = {"init": f"{ROOT}/causal", "teacher": TEACHER, "teachers": {"high": network, "low": network}}
+    return template(
+        TrainConfig,
+        start
+        | {
+            "run": f"{ROOT}/{stage}",
+            "stage": stage,
+            "steps": POST_TRAINING[stage][-1]["end_step"],
+            "codec": PRIOR,
+            "world": {
+                "networks": {"world": network},
+                "codec": {"kind": "wan_vae"},
+                "text": {"kind": "umt5"},
+                "causal": {},
+            },
+            "data": {"path": f"{ROOT}/data", "frames": 81, "batch": 64},
+            "size": (480, 832),
+            "tasks": {"continuation": 0.0},
+            "distill": {"head": {}},
+            # Of the student; the fake scores and the head have a fifth of the rate (distill.critic_rate).
+            "optimizer": {
+                "causal": {"learning_rate": 1e-5, "warmup": 500, "ema": 0.999},
+                "distill": {"learning_rate": 2e-6, "warmup": 0, "b1": 0.0, "ema": 0.99},
+            }[stage],
+            "checkpoint": {"every": 250},
+            "curriculum": POST_TRAINING[stage],
         },
     )

@@ -143,7 +143,8 @@ class TrainConfig:
         "that it lacks start fresh",
     )
     teacher: Path | None = Field(
-        None, description="run or bundle of the bidirectional world that stage distill takes its scores from"
+        None,
+        description="run or bundle of the bidirectional world that distill and forcing.method = ode learn from",
     )
     teachers: dict[str, DiTConfig] = Field(
         default_factory=dict,
@@ -207,13 +208,16 @@ class TrainConfig:
         require(
             names in ([], [STUDENT]), "world.networks", names, f"stage {self.stage} has `{STUDENT}` alone"
         )
+        every = self.validation.every
+        require(every == 0, "validation.every", every, "must be 0: a causal world samples no whole clips")
         require(self.world.causal, "world.causal", None, f"stage {self.stage} trains for it: describe it")
-        if self.stage == "distill":
+        if self.needs_teacher:
             given = self.teacher is not None or bool(self.teachers)
-            require(given, "teacher", None, "stage distill needs a run or a bundle to learn from")
+            require(given, "teacher", None, "give the run or the bundle to learn from")
             names = sorted(self.teachers)
             known = ([], ["world"], ["high", "low"])
             require(names in known, "teachers", names, "must be world, or high and low")
+        if self.stage == "distill":
             few = self.world.causal.sample is None
             require(
                 few, "world.causal.sample", self.world.causal.sample, "must be None: a student has few steps"
@@ -262,6 +266,10 @@ class TrainConfig:
     def experts(self) -> bool:
         """Whether the run holds both noise experts and trains them in turn."""
         return set(self.world.networks) == set(EXPERTS)
+
+    @property
+    def needs_teacher(self) -> bool:
+        return self.stage == "distill" or (self.stage == "causal" and self.forcing.method == "ode")
 
     @property
     def intervals(self) -> int | None:

@@ -29,7 +29,9 @@ def score_name(role: str, network: str) -> str:
 
 def scores(config: TrainConfig) -> dict[str, str]:
     """Real and fake scores of a run, and the teacher's network that each starts as."""
-    roles = {"distill": (REAL, FAKE)}.get(config.stage, ())
+    if not config.needs_teacher:
+        return {}
+    roles = {"causal": (REAL,), "distill": (REAL, FAKE)}[config.stage]
     return {score_name(role, network): network for role in roles for network in config.teachers}
 
 

@@ -7,22 +7,30 @@ from pydantic import Field
 from lingbot_jax.config import Below1, NonNegative, Positive, PositiveInt, config, require
 from lingbot_jax.diffusion.distill import ScoreConfig
 from lingbot_jax.models.discriminator import DiscriminatorConfig
+from lingbot_jax.rollout.trajectory import TrajectoryConfig
 
 
 @config
 class ForcingConfig:
     """Stage `causal`: what past a noisy chunk has while it learns, and how its error counts."""
 
-    method: Literal["diffusion_forcing", "teacher_forcing"] = Field(
+    method: Literal["diffusion_forcing", "teacher_forcing", "ode"] = Field(
         "diffusion_forcing",
-        description="the past of a chunk is at noise levels of its own (paper), or a clean copy of the clip",
+        description="the past of a chunk is at noise levels of its own (paper), or a clean copy of the clip; ode: as "
+        "the first, on the teacher's trajectories in place of noised clips",
     )
+    corruption: Below1 = Field(
+        0.0,
+        description="largest noise level of a past that is told to be clean, uniform from 0 per chunk: what a student "
+        "makes is never as clean as a recording",
+    )
+    trajectory: TrajectoryConfig = Field(TrajectoryConfig(), description="of ode")
     weighting: Literal["x0", "velocity"] = Field(
         "x0",
         description="error of the clean latent (paper Eq. 2: sigma^2 times that of the velocity), or of the velocity",
     )
     clean: Below1 = Field(
-        0.25, description="share of chunks at t = 0, which teach as context alone (diffusion_forcing)"
+        0.25, description="share of chunks at t = 0, which teach as context alone (not of teacher_forcing)"
     )
 
 

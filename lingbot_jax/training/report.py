@@ -56,7 +56,7 @@ class Report:
         t = phase.world.codec.latent_frames(phase.data.frames)
         network, codec = phase.world.network, phase.world.codec
         self._line, self._per_step = None, {"tokens": 0.0, "flops": 0.0}
-        if phase.size != (0, 0):
+        if phase.size != (0, 0) and phase.stage != "distill":  # whose rollouts differ from step to step
             height, width = (s // codec.stride[1] for s in phase.size)
             tokens = t * (height // network.patch[1]) * (width // network.patch[2])
             flops = training_flops(network, t, height, width, adapters_only=phase.stage == "action")
@@ -80,8 +80,10 @@ class Report:
             return
         (step, metrics, records, clock), self._pending = self._pending, None
         values = {name: (float(mean.sum), float(mean.count)) for name, mean in metrics.items()}
-        # Also the gradient: a finite loss with a gradient that is not would be saved as parameters that are not.
-        for name in ("loss", "grad_norm"):
+        # Also the gradient: a finite loss with a gradient that is not would be saved as parameters that are not. And of
+        # every update: a step may have several.
+        found = [name for name in values if name.startswith(("loss", "grad_norm"))]
+        for name in sorted(found, key=lambda name: (name not in ("loss", "grad_norm"), name)):
             if not np.isfinite(values[name][0]):
                 raise NonFiniteLoss(
                     f"{name} = {values[name][0]} at step {step}; the batch was records {', '.join(records)}; the last "

@@ -78,7 +78,7 @@ def resolve(config: TrainConfig) -> TrainConfig:
     except ConfigError as error:
         raise ConfigError(f"config.world.{error}") from None
     config = dataclasses.replace(config, world=world, codec=str(encoders.path))
-    if config.stage == "distill" and not config.teachers:
+    if config.needs_teacher and not config.teachers:
         config = dataclasses.replace(config, teachers=_teacher(config).config.networks)
     return config
 

@@ -150,7 +150,8 @@ def flops(fn, *args) -> float:
 
 
 def test_the_step_loop_holds_only_what_depends_on_the_noise_level():
-    """XLA counts the body of a loop once: program minus its cache-update pass alone = one step, as compiled."""
+    """XLA counts the body of a loop once: program minus its cache-update pass alone = a step of the loop and the last
+    step, which follows it, as compiled."""
     cache, part = empty(PLAY), condition(2)
     noise = causal.draw_noise(jax.random.key(0), 0, (1, 2, H, W, 6), 4)
     model = network()
@@ -165,12 +166,12 @@ def test_the_step_loop_holds_only_what_depends_on_the_noise_level():
         return model(x, jnp.full((1, 2), 5.0), condition, attend=Attend(context=context))
 
     context = cache.context(TINY)
-    step = flops(program, cache, part, noise) - flops(update_pass, cache, part, noise)
+    steps = flops(program, cache, part, noise) - flops(update_pass, cache, part, noise)
     hoisted = flops(one_step, context, noise[0], model.precompute(part))
     whole = flops(one_step, context, noise[0], part)
     assert whole > 1.2 * hoisted  # there is something to hoist
-    assert step < hoisted + 0.1 * (whole - hoisted), (step, hoisted, whole)
-    assert step > 0.9 * hoisted, "the loop is not counted: the comparison says nothing"
+    assert steps < 2 * hoisted + 0.1 * (whole - hoisted), (steps, hoisted, whole)
+    assert steps > 1.8 * hoisted, "the loop is not counted: the comparison says nothing"
 
 
 def test_wrong_configurations_name_the_field():

@@ -10,25 +10,31 @@ import pytest
 
 from lingbot_jax.config import ConfigError
 from lingbot_jax.data import schema
+from lingbot_jax.diffusion.guidance import Guidance
+from lingbot_jax.diffusion.schedule import euler
 from lingbot_jax.models.attention import Attend
 from lingbot_jax.models.config import NgramConfig
 from lingbot_jax.models.dit import Condition
 from lingbot_jax.models.text import HashedNgramEncoder
 from lingbot_jax.rollout import causal as rollout
 from lingbot_jax.rollout.cache import KVCache
+from lingbot_jax.rollout.sample import denoise
+from lingbot_jax.rollout.trajectory import TrajectoryConfig, trajectory
 from lingbot_jax.training.config import TaskConfig
 from lingbot_jax.training.objectives import Constants
+from lingbot_jax.training.objectives import causal as objective
 from lingbot_jax.training.objectives.causal import (
     block_causal_velocity,
     causal_loss,
+    corrupted,
     draw_levels,
     weighted_loss,
 )
 from lingbot_jax.training.post_training import ForcingConfig
-from lingbot_jax.training.start import read_origins
+from lingbot_jax.training.start import objective_of, read_origins
 from lingbot_jax.worlds.clips import Encoded, interval_middles, prepare
 from lingbot_jax.worlds.condition import Camera, Conditioning
-from lingbot_jax.worlds.config import CausalConfig
+from lingbot_jax.worlds.config import CausalConfig, SampleConfig
 from tests.rollout.worlds import TINY, TINY_WORLD, network
 from tests.training import micro
 
@@ -67,7 +73,7 @@ def test_loss_is_sigma_squared_times_the_velocity_error():
 
 def test_levels_are_those_of_play_and_shared_by_a_chunk():
     config = dataclasses.replace(CAUSAL, context_noise=10.0)
-    sigma, timestep = draw_levels(jax.random.key(0), 2000, 6, config, clean=0.25)
+    step, sigma, timestep = draw_levels(jax.random.key(0), 2000, 6, config, clean=0.25)
     few = config.few_steps()
     pairs, counts = np.unique(np.stack([sigma, timestep], -1).reshape(-1, 2), axis=0, return_counts=True)
     wanted = sorted([(0.0, 10.0), *zip(few.sigmas, few.timesteps, strict=True)])
@@ -75,7 +81,10 @@ def test_levels_are_those_of_play_and_shared_by_a_chunk():
     np.testing.assert_allclose(counts / counts.sum(), [0.25, 0.375, 0.375], atol=0.02)
     assert (sigma[:, ::2] == sigma[:, 1::2]).all(), "the frames of a chunk share their level"
     assert (sigma[:, 0] != sigma[:, 2]).any(), "chunks have levels of their own"
-    assert (draw_levels(jax.random.key(0), 8, 6, config, clean=0.0)[0] > 0).all()
+    assert ((step == 2) == (sigma == 0)).all() and (
+        np.float32(few.sigmas)[step[step < 2]] == sigma[step < 2]
+    ).all()
+    assert (draw_levels(jax.random.key(0), 8, 6, config, clean=0.0)[1] > 0).all()
 
 
 def test_a_clean_chunk_teaches_through_its_keys_and_values_alone():
@@ -115,7 +124,7 @@ def cached_pass(model, cache, x, level, part):
 def test_teacher_forcing_is_what_a_cache_of_the_clean_past_gives(window, sink):
     config = dataclasses.replace(CAUSAL, window=window, sink=sink, positions="absolute")
     model, told, clean, noisy = network(TINY), condition(), latents(), latents()
-    level = 1000 * draw_levels(jax.random.key(1), 1, FRAMES, config, 0.0)[0]
+    level = draw_levels(jax.random.key(1), 1, FRAMES, config, 0.0)[2]
     velocity = jax.jit(block_causal_velocity, static_argnames="config")
     found = velocity(model, noisy, level, told, config, Attend(), past=clean)
 
@@ -171,6 +180,14 @@ def test_every_interval_has_the_text_of_its_middle():
     np.testing.assert_array_equal(made.mask[0], wanted.mask)
 
 
+def test_a_corrupted_past_has_a_little_noise_of_its_own_per_chunk():
+    clean = jnp.ones((500, 4, 2, 4, 6))
+    made = np.asarray(corrupted(jax.random.key(0), clean, CAUSAL, 0.4))
+    level = 1 - made.reshape(500, 2, -1).mean(-1)  # of (1 - s) + s n
+    assert level.min() > -0.1 and level.max() < 0.5 and 0.19 < level.mean() < 0.21
+    assert np.abs(level[:, 0] - level[:, 1]).mean() > 0.1
+
+
 def causal_config(folder: pathlib.Path, run: str, **fields):
     world = micro.world_config(sample=None, causal=CausalConfig(chunk=1, window=3, sink=1, shift=3.0))
     small = {"stage": "causal", "world": world, "curriculum": (), "steps": 4}
@@ -206,26 +223,84 @@ def test_what_does_not_fit_is_refused_in_one_line(folder, whole):
         micro.train(make(world=world))
 
 
+NOTHING = Constants(jnp.zeros((1, micro.NETWORK.text_len, micro.NETWORK.text_dim)), None)
+
+
+def encoded() -> Encoded:
+    shape = (8, 4, 2, 4)
+    camera = Camera(jnp.tile(jnp.eye(4), (8, 4, 1, 1)), jnp.full((8, 1, 4), 4.0), jnp.ones((8, 4, 4)))
+    known = Conditioning(jnp.zeros((*shape, 4)), jnp.zeros((*shape, 8)))
+    text = jnp.ones((8, micro.NETWORK.text_len, micro.NETWORK.text_dim))
+    return Encoded(jnp.full((*shape, 8), 0.5), text, camera, known)
+
+
 def test_loss_reads_the_clips():
     """The whole loss, with a stub that knows the clip: the error that is left is the one made by hand."""
+    clips = encoded()
 
     class Stub:
         config = micro.NETWORK
 
-        def __call__(self, noisy, timestep, told, *, attend):
+        def __call__(self, noisy, timestep, told, *, attend, positions):
             assert attend.mask is not None and not attend.mask.is_full
             sigma = (timestep / 1000)[..., None, None, None]
             exact = (noisy - clips.latents) / jnp.where(sigma > 0, sigma, 1.0)
             return jnp.where(sigma > 0, exact + 3.0, 1e3)
 
-    shape = (8, 4, 2, 4)
-    camera = Camera(jnp.tile(jnp.eye(4), (8, 4, 1, 1)), jnp.full((8, 1, 4), 4.0), jnp.ones((8, 4, 4)))
-    known = Conditioning(jnp.zeros((*shape, 4)), jnp.zeros((*shape, 8)))
-    text = jnp.ones((8, micro.NETWORK.text_len, micro.NETWORK.text_dim))
-    clips = Encoded(jnp.full((*shape, 8), 0.5), text, camera, known)
     config = causal_config(micro.ROOT, "unused", init="unused")
     config = dataclasses.replace(config, forcing=ForcingConfig(weighting="velocity", clean=0.5))
-    null = Constants(jnp.zeros((1, *text.shape[1:])), None)
-    loss, metrics = causal_loss(config, {"world": Stub()}, clips, null, jax.random.key(0), Attend())
+    loss, _ = causal_loss(config, {"world": Stub()}, clips, NOTHING, jax.random.key(0), Attend())
     share = float(loss) / 9.0
     assert 0.2 < share < 0.8 and abs(share * 32 - round(share * 32)) < 1e-2, "clean chunks count as zero"
+
+
+@pytest.mark.parametrize("experts", [("world",), ("high", "low")])
+def test_trajectory_is_the_sampler_s_and_visits_the_student_s_levels(experts):
+    """Euler steps from noise; where the student's levels are steps of them it is the same path."""
+    levels = tuple(euler(4, 3.0).sigmas[:3])
+    networks = {name: network(TINY, seed) for seed, name in enumerate(experts)}
+    told, noise, null = condition(), latents(), draw(1, TINY.text_len, TINY.text_dim)
+    how = TrajectoryConfig(steps=4, shift=3.0, guidance=2.0)
+    states, end = jax.jit(trajectory, static_argnums=(1, 5, 6))(
+        networks, 0.8, noise, told, null, levels, how, Attend()
+    )
+    own = SampleConfig(steps=4, shift=3.0, solver="euler", guidance=Guidance(2.0, 2.0))
+    wanted = jax.jit(denoise, static_argnums=(1, 5))(networks, 0.8, noise, told, null, own, Attend())
+    np.testing.assert_allclose(end, wanted, rtol=1e-4, atol=1e-4)
+    np.testing.assert_array_equal(states[0], noise)
+    # A level between two steps divides the first of them.
+    between = jax.jit(trajectory, static_argnums=(1, 5, 6))(
+        networks, 0.8, noise, told, null, (1.0, 0.93), how, Attend()
+    )[0]
+    np.testing.assert_allclose(between[1], noise + 0.7 * (states[1] - noise), rtol=1e-4, atol=1e-5)
+
+
+def test_student_regresses_on_the_end_of_the_teacher_s_trajectory(monkeypatch):
+    """The teacher's way is straight to a clip of its own: the error that is left is the student's, made by hand."""
+    clips, own = encoded(), jnp.full((8, 4, 2, 4, 8), -0.25)
+
+    class Student:
+        config = micro.NETWORK
+
+        def __call__(self, noisy, timestep, told, *, attend, positions):
+            sigma = (timestep / 1000)[..., None, None, None]
+            return (noisy - own) / jnp.where(sigma > 0, sigma, 1.0) + jnp.where(sigma > 0, 3.0, 1e3)
+
+    def straight(networks, boundary, noise, told, null, levels, config, attend):
+        assert (
+            networks == {"high": "r h", "low": "r l"}
+            and attend.mask is None
+            and null.shape == told.text.shape
+        )
+        return jnp.stack([own + level * (noise - own) for level in levels]), own
+
+    monkeypatch.setattr(objective, "trajectory", straight)
+    how = ForcingConfig(method="ode", weighting="velocity", clean=0.5)
+    teachers = micro.world_config("high", "low").networks
+    config = causal_config(micro.ROOT, "unused", init="unused", forcing=how, teachers=teachers)
+    (update,) = objective_of(config).updates(0)
+    assert update.networks == ("world",) and update.reads == ("real_high", "real_low")
+    networks = {"world": Student(), "real_high": "r h", "real_low": "r l"}
+    loss, _ = update.loss(networks, clips, NOTHING, jax.random.key(0), Attend())
+    share = float(loss) / 9.0
+    assert 0.2 < share < 0.8 and abs(share * 32 - round(share * 32)) < 1e-2

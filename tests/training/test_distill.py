@@ -19,7 +19,7 @@ from lingbot_jax.models.dit import WorldDiT
 from lingbot_jax.rollout import causal
 from lingbot_jax.rollout.self_rollout import condition_of, roll
 from lingbot_jax.training.config import TaskConfig
-from lingbot_jax.training.objectives import Constants
+from lingbot_jax.training.objectives import Constants, Mean
 from lingbot_jax.training.objectives.distill import (
     critic_loss,
     replayed,
@@ -29,6 +29,7 @@ from lingbot_jax.training.objectives.distill import (
     through_replay,
 )
 from lingbot_jax.training.post_training import DistillConfig
+from lingbot_jax.training.report import NonFiniteLoss, Report
 from lingbot_jax.training.start import objective_of
 from lingbot_jax.worlds import storage
 from lingbot_jax.worlds.clips import Encoded
@@ -322,6 +323,14 @@ def test_what_does_not_fit_is_refused_in_one_line(folder, whole):
         micro.train(
             dataclasses.replace(config, teachers={}, world=dataclasses.replace(config.world, boundary=0.5))
         )
+
+
+def test_every_update_of_a_step_is_guarded():
+    report = Report(distill_config(micro.ROOT, "unused", init="unused"), None, None)
+    fine, bad = (Mean(jnp.float32(value), jnp.float32(1)) for value in (1.0, np.nan))
+    report.later(7, {"loss": fine, "grad_norm": fine, "grad_norm_world": bad}, np.array(["a clip"]), None)
+    with pytest.raises(NonFiniteLoss, match="^grad_norm_world = nan at step 7; "):
+        report.now()
 
 
 def test_peak_memory_of_the_student_s_step_does_not_grow_with_the_rollout():

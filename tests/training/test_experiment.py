@@ -4,7 +4,6 @@ import dataclasses
 import os
 import pathlib
 import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -42,9 +41,7 @@ def one_device():
     ],
 )
 def test_command_ends_with_one_line_and_exit_code_2(folder, flags, line):
-    command = [sys.executable, "-m", "experiments.train", "--config=experiments/configs/tiny.py:world"]
-    command += [f"--config.codec={folder / 'codec'}", "--config.world.networks.world.latent_channels=8"]
-    command += ["--config.world.codec.channels=8", *flags, f"--config.run={folder / 'bad'}"]
+    command = [*micro.command(micro.config(folder, "bad")), *flags]
     environment = os.environ | {"JAX_PLATFORMS": "cpu"}
     done = subprocess.run(command, cwd=micro.ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 2, done.stderr
@@ -147,7 +144,10 @@ def test_every_network_has_one_origin_of_its_name(folder, tmp_path):
 def test_another_model_is_refused_by_the_parameter(folder, tmp_path):
     write_bundle(tmp_path / "wide", "world", network=dataclasses.replace(micro.NETWORK, ffn=64))
     config = micro.config(folder, "unused", init=str(tmp_path / "wide"))
-    with pytest.raises(ConfigError, match="its parameter blocks.ffn.* has another shape; use the same sizes"):
+    with pytest.raises(
+        ConfigError,
+        match="its parameter blocks.ffn.* has another shape than the run's world; use the same sizes",
+    ):
         fresh_state(resolve(config), one_device(), objective_of(config))
 
 

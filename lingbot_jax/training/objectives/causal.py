@@ -8,12 +8,12 @@ a network that predicts the clean latent; ours predicts velocity, and
 
 So a chunk at t = 0 has no loss of its own: it teaches as clean context of the noisy chunks after it, through which
 a gradient reaches its keys and values, and nothing else of it. `teacher_forcing` has all of the past clean in its
-place: the clip stands twice in the sequence, clean and noisy.
+place: the clip stands twice in the sequence, clean and noisy. `ode` has the paper's past, and in place of a noised clip
+the teacher's way to a clip of its own, whose end is what every chunk predicts.
 """
 
 import dataclasses
 import functools
-from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
@@ -23,9 +23,11 @@ from lingbot_jax.diffusion.flow import add_noise, over, velocity_target
 from lingbot_jax.models.attention import Attend
 from lingbot_jax.models.dit import Condition, WorldDiT
 from lingbot_jax.rollout import masks
+from lingbot_jax.rollout.trajectory import trajectory
 from lingbot_jax.training import curriculum
 from lingbot_jax.training.config import STUDENT, TrainConfig
-from lingbot_jax.training.objectives import Constants, Mean, Metrics, Update
+from lingbot_jax.training.networks import scores
+from lingbot_jax.training.objectives import Constants, Mean, Metrics, Networks, Update
 from lingbot_jax.training.objectives.world import NOISY, drop_conditions
 from lingbot_jax.worlds.clips import Encoded
 from lingbot_jax.worlds.condition import make_condition
@@ -46,7 +48,7 @@ class CausalObjective:
 
     def updates(self, step: int) -> tuple[Update, ...]:
         phase = self.config.phases()[curriculum.phase_at(self.config, step)]
-        return (Update((STUDENT,), functools.partial(causal_loss, phase)),)
+        return (Update((STUDENT,), functools.partial(causal_loss, phase), tuple(scores(self.config))),)
 
     def update_count(self, network: str) -> int:
         return curriculum.update_count(self.config, network)
@@ -54,19 +56,28 @@ class CausalObjective:
 
 def draw_levels(
     key: PRNGKeyArray, batch: int, frames: int, config: CausalConfig, clean: float
-) -> tuple[Levels, Levels]:
-    """Noise level and timestep of every latent frame; the frames of a chunk share theirs.
+) -> tuple[Int[Array, "b t"], Levels, Levels]:
+    """Step of play, noise level and timestep of every latent frame; the frames of a chunk share theirs.
 
     Args:
-      clean: share of chunks without noise, whose timestep is that of play's cache-update pass.
+      clean: share of chunks without noise, behind the last step, whose timestep is that of play's cache-update pass.
     """
     few, chunks = config.few_steps(), -(-frames // config.chunk)
     level_key, clean_key = jax.random.split(key)
     drawn = jax.random.randint(level_key, (batch, chunks), 0, len(few.sigmas))
     drawn = jnp.where(jax.random.bernoulli(clean_key, clean, drawn.shape), len(few.sigmas), drawn)
     tables = (jnp.float32([*few.sigmas, 0.0]), jnp.float32([*few.timesteps, config.context_noise]))
-    sigma, timestep = (jnp.repeat(table[drawn], config.chunk, axis=1)[:, :frames] for table in tables)
-    return sigma, timestep
+    drawn = jnp.repeat(drawn, config.chunk, axis=1)[:, :frames]
+    return drawn, tables[0][drawn], tables[1][drawn]
+
+
+def corrupted(key: PRNGKeyArray, clean: Latents, config: CausalConfig, most: float) -> Latents:
+    """Latents with a little noise, of a level of 0 to `most` that the frames of a chunk share."""
+    level_key, noise_key = jax.random.split(key)
+    batch, frames = clean.shape[:2]
+    level = most * jax.random.uniform(level_key, (batch, -(-frames // config.chunk)))
+    level = jnp.repeat(level, config.chunk, axis=1)[:, :frames]
+    return add_noise(clean, jax.random.normal(noise_key, clean.shape), level)
 
 
 def block_causal_velocity(
@@ -119,7 +130,7 @@ def block_causal_velocity(
 
 def causal_loss(
     config: TrainConfig,
-    networks: Mapping[str, WorldDiT],
+    networks: Networks,
     clips: Encoded,
     constants: Constants,
     key: PRNGKeyArray,
@@ -130,21 +141,39 @@ def causal_loss(
     level_key, noise_key, drop_key = jax.random.split(key, 3)
     teacher = forcing.method == "teacher_forcing"
     clean = 0.0 if teacher else forcing.clean
-    sigma, timestep = draw_levels(level_key, *latents.shape[:2], config.world.causal, clean)
+    step, sigma, timestep = draw_levels(level_key, *latents.shape[:2], config.world.causal, clean)
     noise = jax.random.normal(noise_key, latents.shape, latents.dtype)
     condition = make_condition(model.config, latents.shape[2:4], clips.text, clips.camera, clips.conditioning)
     condition = drop_conditions(drop_key, condition, constants.null_text, config.tasks)
-    velocity = block_causal_velocity(
-        model,
-        add_noise(latents, noise, sigma),
-        timestep,
-        condition,
-        config.world.causal,
-        attend,
-        latents if teacher else None,
-    )
-    error = velocity - velocity_target(latents, noise)
-    return weighted_loss(error, sigma, forcing.weighting)
+    noisy, target = add_noise(latents, noise, sigma), velocity_target(latents, noise)
+    if forcing.method == "ode":
+        states, end = teacher_states(config, networks, noise, condition, constants.null_text, attend)
+        states = jnp.append(states, end[None], axis=0)
+        noisy = jnp.take_along_axis(states, step[None, :, :, None, None, None], axis=0)[0]
+        level = over(sigma, noisy)
+        target = jnp.where(level > 0, (noisy - end) / jnp.where(level > 0, level, 1.0), 0.0)
+    past = latents
+    if forcing.corruption:
+        clean = corrupted(jax.random.fold_in(key, 1), latents, config.world.causal, forcing.corruption)
+        noisy, past = jnp.where(over(sigma, noisy) > 0, noisy, clean), clean
+    past = past if teacher else None
+    velocity = block_causal_velocity(model, noisy, timestep, condition, config.world.causal, attend, past)
+    return weighted_loss(velocity - target, sigma, forcing.weighting)
+
+
+def teacher_states(
+    config: TrainConfig,
+    networks: Networks,
+    noise: Latents,
+    condition: Condition,
+    null_text: Float[Array, "1 l d"],
+    attend: Attend,
+) -> tuple[Float[Array, "s b t h w c"], Latents]:
+    """The teacher's trajectories from `noise` at the levels of play, and their ends."""
+    experts = {theirs: networks[name] for name, theirs in scores(config).items()}
+    null = jnp.broadcast_to(null_text, condition.text.shape)
+    levels, how = config.world.causal.few_steps().sigmas.tolist(), config.forcing.trajectory
+    return trajectory(experts, config.world.boundary, noise, condition, null, levels, how, attend)
 
 
 def weighted_loss(error: Latents, sigma: Levels, weighting: str) -> tuple[Float[Array, ""], Metrics]:

@@ -16,6 +16,7 @@ from lingbot_jax.parallel.mesh import MeshConfig, make_mesh
 from lingbot_jax.parallel.multihost import place_rows
 from lingbot_jax.training import step as steps
 from lingbot_jax.training.config import OptimizerConfig, TrainConfig
+from lingbot_jax.training.objectives import Constants
 from lingbot_jax.training.start import fresh_state, objective_of
 from lingbot_jax.training.state import TrainState, abstract_state, init_state
 from lingbot_jax.worlds.clips import Encoded
@@ -97,17 +98,17 @@ def gradients(
     places = jax.tree.map(lambda s: s.sharding, abstract_state(chosen, made, objective.trains, counts))
     state = jax.device_put(init_state(chosen, {"world": arrays()}, objective.trains, counts), places)
     (update,) = objective.updates(0)
-    null = jnp.zeros((1, 4, 24))
+    constants = Constants(jnp.zeros((1, 4, 24)), None)
     attend = steps.Attend(kernel=steps.attention_kernel(made, NETWORK.heads))
 
     def run(state: TrainState, clips: Encoded):
-        part = functools.partial(steps._gradients, chosen, update, state, null, attend)
+        part = functools.partial(steps._gradients, chosen, objective, update, state, constants, attend)
         return steps._accumulated(part, clips, jax.random.key(0), parts)
 
     with jax.set_mesh(made):
         found, metrics = jax.jit(run)(state, place_rows(made, batch()))
     values = {name: float(mean.sum) / float(mean.count) for name, mean in metrics.items()}
-    return jax.tree.map(np.asarray, found), values
+    return jax.tree.map(np.asarray, found["world"]), values
 
 
 @functools.cache
