@@ -41,7 +41,7 @@ def one_device():
     ],
 )
 def test_command_ends_with_one_line_and_exit_code_2(folder, flags, line):
-    command = [*micro.command(micro.config(folder, "bad")), *flags]
+    command = [*micro.command(micro.config(folder, "bad", curriculum=())), *flags]
     environment = os.environ | {"JAX_PLATFORMS": "cpu"}
     done = subprocess.run(command, cwd=micro.ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 2, done.stderr

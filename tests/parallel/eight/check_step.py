@@ -187,7 +187,7 @@ def test_the_whole_step_equals_one_device():
         places = jax.tree.map(lambda s: s.sharding, abstract_state(chosen, made, objective.trains, counts))
         state = jax.device_put(init_state(chosen, {"world": arrays()}, objective.trains, counts), places)
         program = steps.make_step(objective, chosen, made, objective.updates(0))
-        state, _ = program(state, place_rows(made, batch()), jnp.zeros((1, 4, 24)))
+        state, _ = program(state, place_rows(made, batch()), Constants(jnp.zeros((1, 4, 24)), None))
         results.append(state)
     one, eight = results
     for name in ("opt", "ema"):
