@@ -37,15 +37,16 @@ from lingbot_jax.evaluation.demo import write_report
 from lingbot_jax.models.text import HashedNgramEncoder, is_truncated
 from lingbot_jax.training.run_dir import load_config
 
+SOURCES = ("rendered", "vizdoom")
+
 ROOT = flags.DEFINE_string(
     "root", None, "folder of everything that is made; default: runs/demo, with --long runs/shipped"
 )
 LONG = flags.DEFINE_bool("long", False, "train the shipped world, for hours, in place of the tiny one")
-SOURCE = flags.DEFINE_enum(
+SOURCE = flags.DEFINE_string(
     "source",
     None,
-    ["rendered", "vizdoom"],
-    "where clips come from; default: as the config says, rendered",
+    f"where clips come from: {' or '.join(SOURCES)}; default: as the config says",
     allow_override=True,  # convert has one too
 )
 FRESH = flags.DEFINE_bool("fresh", False, "remove what an earlier run made, and start over")
@@ -227,6 +228,8 @@ def run_stage(stage: Stage, command: list[str], log: dict, path: pathlib.Path) -
 
 def main() -> None:
     settings = shipped if LONG.value else tiny
+    if SOURCE.value not in (None, *SOURCES):
+        raise UserError(f"--source={SOURCE.value}: must be {' or '.join(SOURCES)}")
     root, console = pathlib.Path(ROOT.value or settings.ROOT), Console()
     if FRESH.value and root.exists():
         shutil.rmtree(root)

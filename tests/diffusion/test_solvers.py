@@ -76,7 +76,7 @@ def test_fast_levels_are_looked_up_by_value():
     few = schedule.fast()
     assert few.timesteps.tolist() == [999, 957, 899, 702]
     table = schedule.unipc(1000, 5.0).sigmas
-    np.testing.assert_array_equal(few.sigmas, table[[0, 179, 358, 679]])
+    np.testing.assert_array_equal(few.sigmas, table[[0, 179, 357, 679]])
     np.testing.assert_array_equal(few.renoise, table[[1, 180, 358, 679]])
     with pytest.raises(ValueError, match="not in the schedule"):
         schedule.lookup(np.array([3.0, 2.0]), 2.5)
