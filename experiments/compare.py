@@ -42,7 +42,8 @@ def main() -> None:
         raise ConfigError(
             f"config.clips = {config.clips}: of the first {config.found} held-out clips {have} have a scene that stays"
         )
-    worlds = {name: open_world(getattr(config, name), field=f"config.{name}") for name in MODELS}
+    runs = {"teacher": config.teacher, "causal": config.causal, "distilled": config.distilled}
+    worlds = {name: open_world(run, field=f"config.{name}") for name, run in runs.items()}
     trained = load_config(config.teacher).data.frames
     made, rates, played = {}, {}, {}
     with Progress(console=Console(stderr=True), transient=True) as progress:
