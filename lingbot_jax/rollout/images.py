@@ -25,12 +25,10 @@ def read_image(path: str | pathlib.Path, field: str = "image") -> UInt8[np.ndarr
     path = pathlib.Path(path)
     if not path.is_file():
         raise ConfigError(f"{field} = {str(path)!r}: no such file")
-    return decode_image(path, f"{field} = {str(path)!r}")
+    return decode_image(path, f"{field} = {str(path)!r}", MAX_PIXELS)
 
 
-def decode_image(
-    file: pathlib.Path | io.BytesIO, where: str, max_pixels: int = MAX_PIXELS
-) -> UInt8[np.ndarray, "h w 3"]:
+def decode_image(file: pathlib.Path | io.BytesIO, where: str, max_pixels: int) -> UInt8[np.ndarray, "h w 3"]:
     """The pixels of an image file that nobody vouches for.
 
     Args:
@@ -43,9 +41,8 @@ def decode_image(
         with Image.open(file) as image:
             width, height = image.size
             if width * height > max_pixels:
-                raise ConfigError(
-                    f"{where}: {width}x{height} is more than {max_pixels / 1e6:.3g} megapixels; make it smaller"
-                )
+                limit = f"{max_pixels / 1e6:.3g} megapixels"
+                raise ConfigError(f"{where}: {width}x{height} is more than {limit}; make it smaller")
             return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
     except (UnidentifiedImageError, Image.DecompressionBombError):
         raise ConfigError(f"{where}: not an image (PNG, JPEG, WebP... expected)") from None
