@@ -190,23 +190,18 @@ class RenderedSource:
         people = meet(scenery, place, track) if scenery.random() < config.people else ()
         skies = _skies(scenery, config)
         keys = np.concatenate([np.zeros((1, 8), np.uint8), keys])
-        timestamps = np.arange(config.frames) / config.fps
+        known = task.fields(config)
+        timestamps = known["timestamps"]
         view = place.description + (" and people" if people else "")
         captions = describe(keys, timestamps, [view] * config.frames)
         eyes = np.array([(p.x, p.y, p.z + places.EYE, p.angle) for p in poses])
         return Clip(
+            **known,
+            source="rendered",
             frames=self._draw(place, people, skies, eyes, pitch),
             keys=keys,
             c2w=camera_to_world(eyes, STEP / config.step, pitch),
             intrinsics=np.tile(self._intrinsics, (config.frames, 1)),
-            timestamps=timestamps,
-            clip_id=task.clip_id,
-            source="rendered",
-            split=task.split,
-            map=task.map.name,
-            seed=config.seed,
-            behaviour=task.behaviour,
-            fps=config.fps,
             captions=skies.tell(captions, timestamps),
             extra={
                 "engine": f"panda3d {p3.PandaSystem.get_version_string()}",

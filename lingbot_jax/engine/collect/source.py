@@ -6,7 +6,7 @@ recordings, is another class with `record` and `close`.
 """
 
 import dataclasses
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 from jaxtyping import Float
@@ -42,6 +42,18 @@ class Task:
 
     def rng(self, seed: int) -> np.random.Generator:
         return np.random.default_rng([seed, _SPLIT_NUMBER[self.split], self.index])
+
+    def fields(self, config: CollectConfig) -> dict[str, Any]:
+        """Fields of the clip that are known before it is recorded."""
+        return {
+            "timestamps": np.arange(config.frames) / config.fps,
+            "clip_id": self.clip_id,
+            "split": self.split,
+            "map": self.map.name,
+            "seed": config.seed,
+            "behaviour": self.behaviour,
+            "fps": config.fps,
+        }
 
 
 @dataclasses.dataclass(frozen=True)

@@ -226,20 +226,15 @@ class VizdoomSource:
             picture, cameras[i] = self._engine.draw(poses[max(i - 1, 0)], pose)
             cv2.resize(picture, config.size[::-1], dst=frames[i], interpolation=cv2.INTER_AREA)
         keys = np.concatenate([np.zeros((1, 8), np.uint8), keys])
-        timestamps = np.arange(config.frames) / config.fps
+        known = task.fields(config)
+        timestamps = known["timestamps"]
         return Clip(
+            **known,
+            source="vizdoom",
             frames=frames,
             keys=keys,
             c2w=camera_to_world(cameras, STEP / config.step),
             intrinsics=np.tile(self._intrinsics, (config.frames, 1)),
-            timestamps=timestamps,
-            clip_id=task.clip_id,
-            source="vizdoom",
-            split=task.split,
-            map=task.map.name,
-            seed=config.seed,
-            behaviour=task.behaviour,
-            fps=config.fps,
             captions=describe(keys, timestamps, chosen.describe(np.array([p[:2] for p in poses]))),
             extra={
                 "engine": f"vizdoom {vizdoom.__version__}, {chosen.iwad}",
