@@ -22,15 +22,11 @@ from lingbot_jax.data.crops import crops
 from lingbot_jax.data.loader import BatchStream, Dataset
 from lingbot_jax.evaluation.video import clip_psnr
 from lingbot_jax.files import whole_folder
-from lingbot_jax.models import params
 from lingbot_jax.models.codec import LinearCodec, fit_linear, to_float, to_uint8
 from lingbot_jax.models.config import LinearCodecConfig
 from lingbot_jax.models.conv_codec import ConvCodec, fit_conv
 from lingbot_jax.training.codec import train_codec
-from lingbot_jax.worlds import storage
-from lingbot_jax.worlds.config import WorldConfig
-from lingbot_jax.worlds.open import params_folder, write_bundle_config
-from lingbot_jax.worlds.world import CODEC
+from lingbot_jax.worlds.open import write_codec
 
 CONFIG = common.define_config(FitCodecConfig)
 FITTED = "fit_codec.json"  # beside bundle.json: the config that made it
@@ -71,7 +67,7 @@ def fit(config: FitCodecConfig) -> LinearCodec | ConvCodec:
         return codec
     stream = BatchStream(Dataset(config.data, "train"), range(config.data.batch), start=0)
     try:
-        frames = lambda step: next(stream)["frames"]
+        frames = (batch["frames"] for batch in stream)
         return train_codec(codec, frames, config.steps, config.learning_rate, config.noise, config.seed)
     finally:
         stream.close()
@@ -79,9 +75,8 @@ def fit(config: FitCodecConfig) -> LinearCodec | ConvCodec:
 
 def write(folder: epath.Path, codec: LinearCodec | ConvCodec, made: dict) -> None:
     """The bundle; bundle.json last, since it marks the folder as one."""
-    storage.write(params_folder(folder, CODEC), params.arrays_of(codec))
     (folder / FITTED).write_text(json.dumps(made, indent=2) + "\n")
-    write_bundle_config(folder, WorldConfig(codec=codec.config))
+    write_codec(folder, codec)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,10 @@
 """Training of the networks of a codec (`models/conv_codec.py`): minutes on a CPU, one device, nothing to resume."""
 
-from collections.abc import Callable
+from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jaxtyping import PRNGKeyArray, UInt8
 from rich.console import Console
@@ -20,7 +21,7 @@ _SHOWN = 20  # steps that the loss shown is averaged over
 
 def train_codec(
     codec: ConvCodec,
-    batch: Callable[[int], UInt8[jax.Array, "b f H W 3"]],
+    batches: Iterator[UInt8[np.ndarray, "b f H W 3"]],
     steps: int,
     rate: float,
     noise: float,
@@ -29,7 +30,7 @@ def train_codec(
     """Trains what is not linear: Muon for the kernels, Adam for the rest; the rate falls to zero as a cosine.
 
     Args:
-      batch: the frames of a step. rate: of Muon. noise: see `reconstruction_loss`.
+      batches: the frames of each step. rate: of Muon. noise: see `reconstruction_loss`.
     """
     trained = params.arrays_of(codec)
     fixed = {name: trained.pop(name) for name in LINEAR}
@@ -64,7 +65,7 @@ def train_codec(
         bar = progress.add_task("steps", total=steps, loss=float("nan"))
         for step in range(steps):
             key = jax.random.fold_in(jax.random.key(seed), step)
-            trained, state, value = update(fixed, trained, state, jnp.asarray(batch(step)), key)
+            trained, state, value = update(fixed, trained, state, jnp.asarray(next(batches)), key)
             average = value if average is None else average + (value - average) / _SHOWN
             progress.update(bar, advance=1, loss=float(average))
     return params.with_arrays(codec, trained | fixed)
