@@ -10,11 +10,12 @@ import tempfile
 
 from tests import xla
 
-SHARED = "LINGBOT_JAX_TESTS_CACHE"  # made by the first process, which removes it when it ends
-if SHARED not in os.environ:
+if (
+    xla.CACHE not in os.environ
+):  # the first process makes it, for all that it starts, and removes it when it ends
     made = tempfile.TemporaryDirectory(prefix="lingbot_jax-compiled-")
-    os.environ[SHARED] = made.name
-os.environ |= xla.environment(os.environ[SHARED]) | {k: v for k, v in os.environ.items() if k == "XLA_FLAGS"}
+    os.environ[xla.CACHE] = made.name
+os.environ |= xla.environment(os.environ[xla.CACHE]) | os.environ
 
 from jaxtyping import install_import_hook  # noqa: E402 - JAX reads its environment when it is imported
 

@@ -1,8 +1,8 @@
 """How the tests compile: hardly optimised, as programs run a few times on toy sizes, and into one cache."""
 
 import os
-import pathlib
 
+CACHE = "JAX_COMPILATION_CACHE_DIR"
 UNOPTIMIZED = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 
 
@@ -16,6 +16,6 @@ def environment(cache: str | os.PathLike, devices: int = 1) -> dict[str, str]:
     return {
         "XLA_FLAGS": flags(devices),
         "JAX_PLATFORMS": "cpu",
-        "JAX_COMPILATION_CACHE_DIR": os.fspath(pathlib.Path(cache)),
+        CACHE: os.fspath(cache),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }
