@@ -11,7 +11,6 @@ import json
 import pathlib
 import time
 
-import numpy as np
 from rich.console import Console
 from rich.progress import Progress
 
@@ -77,15 +76,12 @@ def main() -> None:
     shown = [clips["frames"][: config.shown], *(made[name].videos[: config.shown] for name in MODELS)]
     write_mp4(out / "compared.mp4", side_by_side(shown), config.fps, 3)
     rows = [
-        (f"{i} {name}", videos[i][:: max(1, config.frames // 9)])
+        (f"{i} {name}", videos[i])
         for i in range(config.shown)
         for name, videos in zip(("truth", *MODELS), shown, strict=True)
     ]
-    rows += [
-        (f"{name}, {config.seconds:g} s of play", clip.videos[0][:: max(1, clip.videos.shape[1] // 9)])
-        for name, clip in played.items()
-    ]
-    write_image(out / "sheet.png", contact_sheet([(title, np.asarray(v)) for title, v in rows], columns=9))
+    rows += [(f"{name}, {config.seconds:g} s of play", clip.videos[0]) for name, clip in played.items()]
+    write_image(out / "sheet.png", contact_sheet(rows, columns=9))
     print(json.dumps(numbers))
 
 

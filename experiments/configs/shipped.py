@@ -14,14 +14,14 @@ python -m experiments.compare   --config=experiments/configs/shipped.py:compare
 from ml_collections import ConfigDict
 
 from experiments.configs import tiny
-from experiments.configs.schema import CompareConfig, EvaluateConfig, FitCodecConfig
+from experiments.configs.schema import EvaluateConfig, FitCodecConfig
 from lingbot_jax.config import template
 from lingbot_jax.engine.collect.config import CollectConfig
 from lingbot_jax.training.config import TrainConfig
 
 ROOT = "runs/shipped"
 CHANNELS = 64
-YAW = 3.0  # degrees per frame of a looking key
+YAW = tiny.YAW  # of the keys in the clips and of the world's
 
 NETWORK = tiny.NETWORK | {
     "dim": 192,
@@ -50,7 +50,7 @@ CAUSAL = {
     "levels": (1000, 750, 500, 250),
     "shift": 3.0,
 }
-CAUSAL_WORLD = {name: part for name, part in WORLD.items() if name != "sample"} | {"causal": CAUSAL}
+CAUSAL_WORLD = tiny.causal_world(WORLD, CAUSAL)
 
 
 def _collect() -> ConfigDict:
@@ -127,11 +127,6 @@ def _distill() -> ConfigDict:
     return _train("distill", data=data, tasks={"continuation": 0.0}, **fields)
 
 
-def _compare() -> ConfigDict:
-    models = {"teacher": f"{ROOT}/action", "causal": f"{ROOT}/causal", "distilled": f"{ROOT}/distill"}
-    return template(CompareConfig, models | {"path": f"{ROOT}/long", "out": f"{ROOT}/compare", "frames": 161})
-
-
 def _evaluate() -> ConfigDict:
     return template(EvaluateConfig, {"run": f"{ROOT}/action", "out": f"{ROOT}/evaluation"})
 
@@ -145,7 +140,7 @@ def get_config(experiment: str = "world") -> ConfigDict:
         "action": lambda: _train("action", 500, init=f"{ROOT}/world"),
         "causal": _causal,
         "distill": _distill,
-        "compare": _compare,
+        "compare": lambda: tiny.compare(ROOT, frames=161),
         "evaluate": _evaluate,
     }
     if experiment not in made:

@@ -110,7 +110,12 @@ CAUSAL = {
 }
 
 
-CAUSAL_WORLD = {name: part for name, part in WORLD.items() if name != "sample"} | {"causal": CAUSAL}
+def causal_world(world: dict, causal: dict) -> dict:
+    """The world of a student: it generates chunks, and no whole clips."""
+    return {name: part for name, part in world.items() if name != "sample"} | {"causal": causal}
+
+
+CAUSAL_WORLD = causal_world(WORLD, CAUSAL)
 
 
 def _causal() -> ConfigDict:
@@ -164,9 +169,16 @@ def _collect_long() -> ConfigDict:
     return template(CollectConfig, fields | {"clips_per_map": 1, "compression": "uncompressed"})
 
 
-def _compare() -> ConfigDict:
-    models = {"teacher": f"{ROOT}/action", "causal": f"{ROOT}/causal", "distilled": f"{ROOT}/distill"}
-    return template(CompareConfig, models | {"path": f"{ROOT}/long", "out": f"{ROOT}/compare", "clips": 6})
+def compare(root: str, **fields: object) -> ConfigDict:
+    """The models of a root, on its long clips."""
+    places = {
+        "teacher": "action",
+        "causal": "causal",
+        "distilled": "distill",
+        "path": "long",
+        "out": "compare",
+    }
+    return template(CompareConfig, {name: f"{root}/{place}" for name, place in places.items()} | fields)
 
 
 def get_config(experiment: str = "world") -> ConfigDict:
@@ -178,7 +190,7 @@ def get_config(experiment: str = "world") -> ConfigDict:
         "causal": _causal,
         "distill": _distill,
         "collect_long": _collect_long,
-        "compare": _compare,
+        "compare": lambda: compare(ROOT, clips=6),
         "evaluate": _evaluate,
     }
     if experiment not in made:

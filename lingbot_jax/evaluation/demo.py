@@ -20,16 +20,20 @@ def write_report(root: pathlib.Path, log: Mapping[str, Mapping[str, Any]], keys:
     """
     evaluation = json.loads((root / "evaluation" / "evaluation.json").read_text())
     curves = {name: list(read_metrics(root / name)) for name in ("world", "action", "causal")}
+    last = [*(lines[-1] for lines in curves.values()), *list(read_metrics(root / "distill"))[-1:]]
     minutes = sum(entry["seconds"] for entry in log.values()) / 60
     peak = max(entry["peak_rss_gib"] for entry in log.values())
     measures = [k for k, v in evaluation.items() if not isinstance(v, dict)]
     metrics = {name: evaluation[name] for name in measures} | {
         "minutes": minutes,
         "peak_rss_gib": peak,
-        "train_steps": sum(lines[-1]["step"] for lines in curves.values()),
+        "train_steps": sum(line["step"] for line in last),
     }
     compared = json.loads((root / "compare" / "post_training.json").read_text())
-    write_whole(root / "metrics.json", json.dumps(metrics | compared, indent=2) + "\n")
+    # The rest stands apart: it has a number of clips and of frames per second too.
+    table = compared.pop("post_training")
+    written = metrics | {"post_training": table, "compared": compared}
+    write_whole(root / "metrics.json", json.dumps(written, indent=2) + "\n")
 
     plot_lines(
         root / "loss.png",
@@ -88,7 +92,7 @@ def write_report(root: pathlib.Path, log: Mapping[str, Mapping[str, Any]], keys:
     )
     report.video("compare/compared.mp4")
     report.image("compare/sheet.png", "contact sheet of long clips and of a minute of play")
-    report.table(["model", "after", "PSNR (dB)", "sharpness", "action following"], _rows(compared))
+    report.table(["model", "after", "PSNR (dB)", "sharpness", "action following"], _rows(table))
     report.heading("Numbers")
     rows = [
         [name, f"{value:.3f}" if isinstance(value, float) else str(value)] for name, value in metrics.items()
@@ -109,11 +113,11 @@ def write_report(root: pathlib.Path, log: Mapping[str, Mapping[str, Any]], keys:
     return metrics
 
 
-def _rows(compared: Mapping[str, Any]) -> list[list[str]]:
+def _rows(table: Mapping[str, Any]) -> list[list[str]]:
     """The table of post-training: a row per model and time."""
     shown = lambda value: "" if value is None else f"{value:.2f}"
     return [
         [model, time, *(shown(numbers.get(name)) for name in ("psnr", "sharpness", "action_following"))]
-        for model, times in compared["post_training"].items()
+        for model, times in table.items()
         for time, numbers in times.items()
     ]

@@ -24,10 +24,10 @@ from lingbot_jax.files import whole_file, write_whole
 from lingbot_jax.models.codec import to_uint8
 from lingbot_jax.models.text import TextEncoder, is_truncated
 from lingbot_jax.rollout import events, windows
+from lingbot_jax.rollout.long import play_path, sample_windows
 from lingbot_jax.rollout.path import CameraPath, clip_length, from_folder, from_keys, pinhole
-from lingbot_jax.rollout.sample import sample_clips, sample_config
+from lingbot_jax.rollout.sample import sample_config
 from lingbot_jax.rollout.session import Session, SessionConfig, causal_config
-from lingbot_jax.worlds.clips import prepare
 from lingbot_jax.worlds.config import SampleConfig, WorldConfig, pixels_per_token
 from lingbot_jax.worlds.world import World
 
@@ -248,21 +248,18 @@ def frames(plan: Plan, world: World, advance: Callable[[int], None]) -> UInt8[np
 
 def _base(plan: Plan, world: World, advance: Callable[[int], None]) -> UInt8[np.ndarray, "f H W 3"]:
     """The whole clip at once, or window by window."""
+    config = plan.config
     on_step = lambda: advance(1)
-    clip_frames, config = plan.windows.clip_frames, plan.config
-
-    def generate(known: np.ndarray, start: int) -> np.ndarray:
-        part = plan.path.window(start, clip_frames)
-        shown = np.zeros((clip_frames, *plan.first.shape), np.float32)
-        shown[: len(known)] = known
-        rows = {"frames": shown, "keys": part.keys, "c2w": part.c2w, "intrinsics": part.intrinsics}
-        latent = np.array([world.config.codec.latent_frames(len(known))])
-        clips = prepare(
-            world.config, world.text, {n: row[None] for n, row in rows.items()}, latent, [config.prompt]
-        )
-        return sample_clips(world, clips, plan.sample, seed=config.seed, indices=[start], on_step=on_step)[0]
-
-    video = windows.extend(plan.first, plan.windows, generate)
+    video = sample_windows(
+        world,
+        plan.first,
+        plan.path,
+        plan.windows,
+        config.prompt,
+        plan.sample,
+        seed=config.seed,
+        on_step=on_step,
+    )
     jax.effects_barrier()
     return np.asarray(to_uint8(video))
 
@@ -273,8 +270,9 @@ def _fast(plan: Plan, world: World, advance: Callable[[int], None]) -> UInt8[np.
     session = Session(world, **vars(plan.session))
     session.start(plan.first, config.prompt, config.seed, path.intrinsics[0])
     chunk_frames = plan.session.causal.chunk * world.config.codec.stride[0]
-    waiting, at, video = list(plan.events), 0, []
-    while at < len(path):
+    waiting = list(plan.events)
+
+    def events_until(at: int) -> None:
         while waiting and waiting[0].second * config.fps <= at:
             event, again = waiting.pop(0), config.rebuild_cache
             if event.seconds is None:
@@ -283,11 +281,8 @@ def _fast(plan: Plan, world: World, advance: Callable[[int], None]) -> UInt8[np.
             else:
                 lasts = max(1, round(event.seconds * config.fps / chunk_frames))
                 session.set_prompt(event.text, scope="local", chunks=lasts, rebuild_cache=again)
-        stop = at + session.transitions + (at == 0)
-        video.append(session.step(path.keys[max(at, 1) : stop], path.c2w[at:stop]))
-        advance(stop - at)
-        at = stop
-    return np.concatenate(video)
+
+    return play_path(session, path, advance, events_until)
 
 
 def about(plan: Plan) -> dict[str, Any]:

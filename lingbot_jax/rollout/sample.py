@@ -161,9 +161,7 @@ def sample_clips(
     rows = int(np.prod([world.mesh.shape[axis] for axis in BATCH_AXES]))
     clips, indices = pad_rows((clips, indices), -(-batch // rows) * rows)
     placed = multihost.place_rows(world.mesh, clips)
-    negative = None
-    if config.guidance.guided:
-        negative = world.encode_text([config.negative_prompt or world.config.null_text])
+    negative = world.encode_negative(config) if config.guidance.guided else None
     with jax.set_mesh(world.mesh):
         encoded = encode_condition(world.codec, world.text, placed, latents=False)
         video = _clip(

@@ -73,7 +73,7 @@ def next_chunk(
     first, t = rollout.cache.count, config.chunk
     condition = condition_of(model.config, clips, first + jnp.arange(t, dtype=jnp.int32), t)
     shape = (rollout.latents.shape[0], t, *rollout.latents.shape[2:])
-    noise = causal.draw_noise(key, first // t, shape, len(config.levels))
+    noise = causal.draw_noise(key, first // t, shape, config.draws)
     made = causal.denoise_chunk(model, rollout.cache, condition, noise, config, attend, exit_step)
     put = lambda all, part: jax.lax.dynamic_update_slice_in_dim(all, part, first, axis=1)
     latents, noisy, kv = jax.lax.stop_gradient((made.latents, made.noisy, made.kv))

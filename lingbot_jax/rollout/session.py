@@ -143,8 +143,7 @@ class Session:
         self._state: Snapshot | None = None
         self._negative = None
         if self.config.causal.guided:
-            text = self.config.causal.sample.negative_prompt
-            self._negative = multihost.to_host(self.world.encode_text([text]))
+            self._negative = multihost.to_host(world.encode_negative(self.config.causal.sample))
 
     def start(
         self,

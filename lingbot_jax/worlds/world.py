@@ -29,7 +29,7 @@ from lingbot_jax.models.text import UMT5, TextEncoder
 from lingbot_jax.models.vae import WanVAE
 from lingbot_jax.parallel import sharding
 from lingbot_jax.parallel.sequence import attention_kernel
-from lingbot_jax.worlds.config import WorldConfig
+from lingbot_jax.worlds.config import SampleConfig, WorldConfig
 
 if TYPE_CHECKING:
     from lingbot_jax.rollout.session import Session
@@ -75,6 +75,10 @@ class World:
         tokens = self.text.tokenize(list(texts))
         with jax.set_mesh(self.mesh):
             return _encode_text(self.text, tokens)
+
+    def encode_negative(self, sample: SampleConfig) -> Float[Array, "1 l d"]:
+        """Tokens of the unconditional branch: of the negative prompt, else of the text that stands for none."""
+        return self.encode_text([sample.negative_prompt or self.config.null_text])
 
     def session(self, **settings: Any) -> "Session":
         """A running world to be walked with keys, with the world's own settings unless some are given

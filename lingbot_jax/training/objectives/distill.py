@@ -201,12 +201,12 @@ def student_loss(
 
     told = window.condition
     null = dataclasses.replace(told, text=jnp.broadcast_to(constants.null_text, told.text.shape))
-    guidance = config.distill.scores.guidance
+    scores = config.distill.scores
+    conditions = (told,) if scores.guidance == 1.0 else (told, null)
 
     def real_x0(noisy: Latents, sigma: Array) -> Latents:
         network = lambda x, timestep, condition: real(x, timestep, condition, attend=attend)
-        conditions = (told,) if guidance == 1.0 else (told, null)
-        return distill.predict_x0(network, noisy, sigma, conditions, guidance)
+        return distill.predict_real(network, noisy, sigma, conditions, scores)
 
     # One pass of the fake score gives its prediction and, with the gradient left in, what the head looks at.
     head, depths = networks.get(HEAD), config.distill.head.depths if config.distill.head else ()
