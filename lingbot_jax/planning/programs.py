@@ -143,8 +143,17 @@ def chosen(run: TrainConfig, where: Where, phase: int) -> tuple[TrainConfig, Tra
     if not (world.networks and world.codec and world.text):
         run = resolve(run)
     run.check_crops()
+    run = longest_rollouts(run, phase) if run.stage == "distill" else run
     config = run.phases()[phase]
     return run, dataclasses.replace(config, size=_size(config, where))
+
+
+def longest_rollouts(run: TrainConfig, phase: int) -> TrainConfig:
+    """The run with the rollouts that cost most, whose loops run a known number of times: what a plan is of."""
+    longest = run.world.codec.latent_frames(run.phases()[phase].data.frames) // run.world.causal.chunk
+    return dataclasses.replace(
+        run, distill=dataclasses.replace(run.distill, shortest=longest, exit_step="last")
+    )
 
 
 def case(run: TrainConfig, where: Where, phase: int = 0) -> Case:

@@ -27,7 +27,7 @@ from lingbot_jax.worlds.config import CausalConfig
 
 Latents = Float[Array, "b t h w c"]
 Network = tuple[WorldDiT, Prepared]  # and what it is told
-Step = Int[Array, ""]
+Step = Int[Array, ""] | int
 Predict = Callable[[Latents, Float[Array, ""]], Latents]  # (noisy, timestep) -> velocity
 
 
@@ -83,7 +83,7 @@ def denoise_chunk(
     noise: Float[Array, "s b t h w c"],
     config: CausalConfig,
     attend: Attend = Attend(),  # noqa: B008 - frozen
-    exit_step: Int[Array, ""] | None = None,
+    exit_step: Step | None = None,
 ) -> Chunk:
     """The steps of the next chunk, then its cache-update pass.
 

@@ -51,6 +51,10 @@ class DistillConfig:
         description="learning rates of the fake scores and the head, as a share of the student's (optimizer)",
     )
     shortest: PositiveInt = Field(7, description="chunks of the shortest rollout")
+    exit_step: Literal["drawn", "last"] = Field(
+        "drawn",
+        description="whose prediction becomes the clean chunk: drawn per step of training, or the last, as in play",
+    )
     window: PositiveInt = Field(
         7, description="chunks at the end of a rollout that the scores see, as a clip of its own"
     )

@@ -16,12 +16,14 @@ from lingbot_jax.models import params
 from lingbot_jax.models.attention import Attend
 from lingbot_jax.models.discriminator import Discriminator, DiscriminatorConfig
 from lingbot_jax.models.dit import WorldDiT
+from lingbot_jax.planning.programs import longest_rollouts
 from lingbot_jax.rollout import causal
 from lingbot_jax.rollout.self_rollout import condition_of, roll
 from lingbot_jax.training.config import TaskConfig
 from lingbot_jax.training.objectives import Constants, Mean
 from lingbot_jax.training.objectives.distill import (
     critic_loss,
+    draw_rollout,
     replayed,
     score_window,
     student_loss,
@@ -323,6 +325,15 @@ def test_what_does_not_fit_is_refused_in_one_line(folder, whole):
         micro.train(
             dataclasses.replace(config, teachers={}, world=dataclasses.replace(config.world, boundary=0.5))
         )
+
+
+def test_length_and_exit_are_drawn_per_step_and_known_beforehand_in_a_plan():
+    config = distill_config(micro.ROOT, "unused", init="unused")
+    keys = jax.random.split(KEY, 100)
+    chunks, exits = jax.vmap(lambda key: jnp.stack(draw_rollout(key, config, 6)))(keys).T
+    assert set(chunks.tolist()) == {3, 4, 5, 6} and set(exits.tolist()) == {0, 1}
+    frames = config.world.codec.latent_frames(config.data.frames)
+    assert draw_rollout(KEY, longest_rollouts(config, 0), frames) == (frames, 1)
 
 
 def test_every_update_of_a_step_is_guarded():

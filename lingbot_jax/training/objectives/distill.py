@@ -34,7 +34,7 @@ from lingbot_jax.worlds.condition import Conditioning, camera_window, make_condi
 from lingbot_jax.worlds.config import CausalConfig
 
 Latents = Float[Array, "b t h w c"]
-Count = Int[Array, ""]
+Count = Int[Array, ""] | int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,11 +81,16 @@ class DistillObjective:
 
 
 def draw_rollout(key: PRNGKeyArray, config: TrainConfig, frames: int) -> tuple[Count, Count]:
-    """Chunks and exit step of a rollout. `frames`: latent frames of the clips."""
+    """Chunks and exit step of a rollout, numbers where they are not drawn. `frames`: latent frames of the clips."""
     length_key, exit_key = jax.random.split(key)
-    longest = frames // config.world.causal.chunk
-    chunks = jax.random.randint(length_key, (), config.distill.shortest, longest + 1)
-    return chunks, jax.random.randint(exit_key, (), 0, len(config.world.causal.levels))
+    shortest, longest = config.distill.shortest, frames // config.world.causal.chunk
+    steps = len(config.world.causal.levels)
+    chunks, exit_step = longest, steps - 1
+    if shortest < longest:
+        chunks = jax.random.randint(length_key, (), shortest, longest + 1)
+    if config.distill.exit_step == "drawn":
+        exit_step = jax.random.randint(exit_key, (), 0, steps)
+    return chunks, exit_step
 
 
 @jax.tree_util.register_dataclass
