@@ -25,7 +25,7 @@ from lingbot_jax.training.config import (
     TaskConfig,
     TrainConfig,
 )
-from lingbot_jax.worlds.config import PoseConfig, SampleConfig, WorldConfig
+from lingbot_jax.worlds.config import CausalConfig, PoseConfig, SampleConfig, WorldConfig
 from lingbot_jax.worlds.open import open_world, write_codec
 from lingbot_jax.worlds.world import World
 
@@ -43,6 +43,9 @@ NETWORK = DiTConfig(
     control="cam_act",
     dtype="float32",
 )
+
+# One for all causal stages: their sessions share compiled programs.
+CAUSAL = CausalConfig(chunk=1, window=3, sink=1, schedule="warped", levels=(1000, 500), shift=3.0)
 
 
 def clip(i: int, split: str) -> schema.Clip:

@@ -189,7 +189,7 @@ def test_a_corrupted_past_has_a_little_noise_of_its_own_per_chunk():
 
 
 def causal_config(folder: pathlib.Path, run: str, **fields):
-    world = micro.world_config(sample=None, causal=CausalConfig(chunk=1, window=3, sink=1, shift=3.0))
+    world = micro.world_config(sample=None, causal=micro.CAUSAL)
     small = {"stage": "causal", "world": world, "curriculum": (), "steps": 4}
     small["tasks"] = TaskConfig(continuation=0.0)
     return micro.config(folder, run, **small | fields)

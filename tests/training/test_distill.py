@@ -186,10 +186,7 @@ def test_camera_of_a_window_is_that_of_a_clip_that_begins_there(reference, trans
 
 
 def distill_config(folder: pathlib.Path, run: str, **fields):
-    world = micro.world_config(
-        sample=None,
-        causal=CausalConfig(chunk=1, window=3, sink=1, schedule="warped", levels=(1000, 500), shift=3.0),
-    )
+    world = micro.world_config(sample=None, causal=micro.CAUSAL)
     head = DiscriminatorConfig(depths=(0, 1), width=16, heads=2)
     scores = ScoreConfig(shift=3.0, guidance=2.0)
     small = {
