@@ -178,16 +178,16 @@ def read_init(config: TrainConfig, mesh: Mesh) -> dict[str, Arrays]:
     for name, origin in (read_origins(config) | read_teachers(config)).items():
         wanted = specs(template(networks[name]), mesh, jnp.float32)
         theirs = params.arrays_of(template(origin.source.config.networks[origin.name]))
-        field = "init" if name in config.world.networks else "teacher"
+        field, ours = "teacher", "config.teachers"
+        if name in config.world.networks:
+            field, ours = "init", f"config.world.networks.{name}"
         where = f"config.{field} = {str(origin.source.path)!r}"
         for path, leaf in theirs.items():
             if path not in wanted:
-                raise ConfigError(
-                    f"{where}: has a parameter {path}, which the run's {name} lacks; use the same model"
-                )
+                raise ConfigError(f"{where}: has a parameter {path}, which {ours} lacks; use the same model")
             if wanted[path].shape != leaf.shape:
                 raise ConfigError(
-                    f"{where}: its parameter {path} has another shape than the run's {name}; use the same sizes"
+                    f"{where}: its parameter {path} has another shape; use the same sizes in {ours}"
                 )
         for path in wanted.keys() - theirs.keys():
             if not is_adapter(path):
