@@ -20,6 +20,7 @@ CORE = [
     "safetensors>=0.8",
     "scipy>=1.16",
     "tensorboardX>=2.6.5",
+    "zstandard>=0.25",  # JAX compresses compiled programs with it where it is installed
 ]
 DATA = [
     "array-record>=0.8.3",

@@ -18,11 +18,6 @@ from lingbot_jax.files import write_whole
 ARRAYS, DIGESTS, SEAL = "arrays", "digests", "seal.json"  # names in a folder
 
 
-@jax.jit
-def digests_of(arrays: dict[str, Any]) -> dict[str, jax.Array]:
-    return {name: digest(array) for name, array in arrays.items()}
-
-
 def digest(values: Shaped[Array, "..."], offset: int | UInt32[Array, ""] = 0) -> UInt32[Array, ""]:
     """The sum modulo 2^32 over all elements of a hash of (place, bits): any element that differs changes it.
 
@@ -52,6 +47,12 @@ def _mix(x: UInt32[Array, "..."]) -> UInt32[Array, "..."]:
 
 
 _digest = jax.jit(digest)
+
+
+@jax.jit
+def digests_of(arrays: dict[str, Any]) -> dict[str, jax.Array]:
+    """Each is traced once per shape: parameters, moments and averages have the same."""
+    return {name: _digest(array) for name, array in arrays.items()}
 
 
 def layer_digest(value: np.ndarray, layer: int | None) -> int:

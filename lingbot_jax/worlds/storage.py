@@ -33,6 +33,9 @@ from lingbot_jax.worlds import checksums
 from lingbot_jax.worlds.checksums import ARRAYS, DIGESTS
 
 CHUNK_BYTES = 64 << 20  # of a stored array: large enough to stream, small enough to restore in parallel
+SLICE_BYTES = (
+    1 << 20
+)  # of an array that several devices hold: smaller parts are not worth a program each to cut them
 READ_BYTES = 4 << 30  # of arrays that are read at once
 
 SHOWN = 5  # differences that an error names
@@ -290,7 +293,7 @@ def _describe(folder: epath.Path) -> tuple[dict[str, jax.ShapeDtypeStruct], dict
 def _handler() -> ocp.PyTreeCheckpointHandler:
     handlers = ocp.type_handlers.create_type_handler_registry(
         (np.ndarray, ocp.type_handlers.NumpyHandler(deepcopy_host_arrays=False)),
-        (jax.Array, ocp.type_handlers.ArrayHandler()),
+        (jax.Array, ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=SLICE_BYTES)),
     )
     # Not compressed: every bit of a chunk is one of a value, and parameters hardly shrink.
     return ocp.PyTreeCheckpointHandler(use_ocdbt=False, use_compression=False, type_handler_registry=handlers)

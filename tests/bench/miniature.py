@@ -27,13 +27,14 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from typing import Any
 
 from lingbot_jax.parallel.mesh import MeshConfig
 from tests import xla
 
 ROOT = pathlib.Path(__file__).parents[2]
-STEPS, SAVED, FRAMES, CLIPS = 6, 2, 9, 16
+STEPS, SAVED, FRAMES, CLIPS = 4, 2, 9, 16
 
 
 def mesh_of(devices: int) -> MeshConfig:
@@ -129,10 +130,8 @@ class Miniature:
         path.write_text(f"{worker}def get_config():\n    return train_config({arguments})\n")
         return ["experiments.train", f"--config={path}"]
 
-    def job(self, name: str, one: bool = False) -> Job:
-        total = self.processes * self.devices
-        processes, devices = (1, total) if one else (self.processes, self.devices)
-        return Job(self.command(name), processes, devices, self.cache)
+    def job(self, name: str) -> Job:
+        return Job(self.command(name), self.processes, self.devices, self.cache)
 
     def losses(self, name: str) -> list[float]:
         lines = (self.folder / name / "metrics.jsonl").read_text().splitlines()
@@ -142,29 +141,20 @@ class Miniature:
         return [found[step] for step in sorted(found)]
 
     def killed(self) -> None:
-        """A run that is killed after a checkpoint, and resumed to its end."""
+        """A run that is killed after a checkpoint."""
         job, metrics = self.job("killed"), self.folder / "killed" / "metrics.jsonl"
         while job.alive() and not (metrics.exists() and metrics.read_text().count("\n") > SAVED):
             time.sleep(0.02)
         job.kill()
-        self.job("killed").finish()
 
-    def restored(self, one: bool) -> dict[str, Any]:
-        """Digests of the state that run `whole` saved last, as restored, and the records of the step after it."""
+    def worker(self, run: str, one: bool = False, flags: Sequence[str] = ()) -> list[dict[str, Any]]:
+        """Trains (or resumes) a run and looks at what `miniature_worker` does, in the same processes."""
         total = self.processes * self.devices
         processes, devices = (1, total) if one else (self.processes, self.devices)
-        command = ["tests.bench.miniature_worker", "state", str(self.folder), str(total)]
-        parts = [
+        command = ["tests.bench.miniature_worker", str(self.folder), str(total), f"--train={run}", *flags]
+        return [
             json.loads(out.splitlines()[-1]) for out in Job(command, processes, devices, self.cache).finish()
         ]
-        records = dict(row for part in parts for row in part.pop("records"))
-        return {"states": parts[0], "agree": all(part == parts[0] for part in parts), "records": records}
-
-    def differences(self) -> dict[str, float]:
-        """Of frames sampled and of frames played, a mesh of all devices against one."""
-        total = self.processes * self.devices
-        command = ["tests.bench.miniature_worker", "sample", str(self.folder), str(total)]
-        return json.loads(run(command, total, self.cache).splitlines()[-1])
 
 
 def measure(source: pathlib.Path, folder: pathlib.Path, processes: int, devices: int) -> dict[str, Any]:
@@ -180,26 +170,26 @@ def measure(source: pathlib.Path, folder: pathlib.Path, processes: int, devices:
     worker.make_data(made.bundle, folder / "data", CLIPS, FRAMES)
     made.say(f"train in {processes} x {devices}")
     made.job("whole").finish()
-    made.say("kill and resume")
+    made.say("kill")
     made.killed()
-    made.say(f"train in 1 x {total}")
-    made.job("alone", one=True).finish()
-    made.say("restore")
-    many, one = made.restored(one=False), made.restored(one=True)
-    made.say("sample and play")
-    differences = made.differences()
+    made.say("resume, restore")
+    many = made.worker("killed")
+    made.say(f"train in 1 x {total}, restore, sample and play")
+    (one,) = made.worker("alone", one=True, flags=["--sample"])
+    records = dict(row for part in many for row in part["records"])
+    same = all(part["state"] == one["state"] for part in many) and records == dict(one["records"])
     whole, killed, alone = (made.losses(name) for name in ("whole", "killed", "alone"))
     return {
         "losses": whole,
-        "resumed_equal": whole == killed and many == one and many["agree"],
+        "resumed_equal": whole == killed and same,
         "one_process_max_difference": max(abs(a - b) for a, b in zip(whole, alone, strict=True)),
         "converted_back_equal": equal,
-        "sampled_max_difference": differences["sampled"],
-        "played_max_difference": differences["played"],
+        "sampled_max_difference": one["sampled"],
+        "played_max_difference": one["played"],
     }
 
 
-def train_config(folder: str, name: str, devices: int):
+def train_config(folder: str | pathlib.Path, name: str, devices: int):
     """The config file of a run: the bundle's world in float32, trained on the made-up clips."""
     from tests.bench import miniature_worker as worker
 

@@ -1,19 +1,22 @@
-"""The parts of `miniature` that need JAX and the package; some run in processes of their own.
+"""The parts of `miniature` that need JAX and the package.
 
-python -m tests.bench.miniature_worker state FOLDER DEVICES [--distributed ...]
-python -m tests.bench.miniature_worker sample FOLDER DEVICES
+python -m tests.bench.miniature_worker FOLDER DEVICES --train=RUN [--sample] [--distributed ...]
+
+trains or resumes a run, then prints the state of run `whole` as it is restored here, and how far samples are from
+those of one device.
 """
 
 import argparse
 import dataclasses
 import json
 import pathlib
+from typing import Any
 
 import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from lingbot_jax.config import template
+from lingbot_jax.config import build, template
 from lingbot_jax.control.keyboard import integrate
 from lingbot_jax.convert import contents, write
 from lingbot_jax.data import records, schema
@@ -33,6 +36,7 @@ from lingbot_jax.worlds.clips import prepare
 from lingbot_jax.worlds.config import CausalConfig, SampleConfig, WorldConfig, pixels_per_token
 from lingbot_jax.worlds.open import find, open_world, params_folder
 from lingbot_jax.worlds.world import World, modules
+from tests.bench import miniature
 
 TOKENS = (2, 4)  # rows and columns of a latent frame
 
@@ -133,12 +137,10 @@ def equal_bundles(one: pathlib.Path, other: pathlib.Path) -> bool:
     return True
 
 
-def state(folder: pathlib.Path, devices: int) -> None:
-    """Prints digests of the newest state of run `whole`, as it is restored here, and its next records."""
-    from tests.bench.miniature import mesh_of
-
+def state(folder: pathlib.Path, devices: int) -> dict[str, Any]:
+    """Digests of the newest state of run `whole`, as it is restored here, and its next records."""
     config = load_config(folder / "whole")
-    mesh = make_mesh(mesh_of(devices))
+    mesh = make_mesh(miniature.mesh_of(devices))
     objective = objective_of(config)
     counts = {name: objective.update_count(name) for name in config.world.networks}
     wanted = vars(abstract_state(config, mesh, objective.trains, counts))
@@ -147,20 +149,18 @@ def state(folder: pathlib.Path, devices: int) -> None:
     rows = multihost.rows_of_process(mesh, config.data.batch)
     data = Dataset(config.data)
     ids = [[r, str(data.row(config.steps, r)["record_ids"])] for r in rows]
-    print(json.dumps({"step": int(restored["step"]), "digests": digests, "records": ids}))
+    return {"state": {"step": int(restored["step"])} | digests, "records": ids}
 
 
-def sample(folder: pathlib.Path, devices: int) -> None:
-    """Prints how far frames sampled and played on a mesh of all devices are from those on one, in float32."""
+def sample(folder: pathlib.Path, devices: int) -> dict[str, float]:
+    """How far frames sampled and played on a mesh of all devices are from those on one, in float32."""
     mesh, single = _frames(folder, devices), _frames(folder, 1)
-    print(json.dumps({name: float(np.abs(mesh[name] - single[name]).max()) for name in mesh}))
+    return {name: float(np.abs(mesh[name] - single[name]).max()) for name in mesh}
 
 
 def _frames(folder: pathlib.Path, devices: int) -> dict[str, np.ndarray]:
     """Frames in [-1, 1], sampled and played from the bundle on the first devices."""
-    from tests.bench.miniature import mesh_of
-
-    mesh = make_mesh(mesh_of(devices), jax.devices()[:devices])
+    mesh = make_mesh(miniature.mesh_of(devices), jax.devices()[:devices])
     world = _opened(folder / "bundle", mesh)
     config = world.config
     data = Dataset(dataclasses.replace(load_config(folder / "whole").data, batch=4), "held_out")
@@ -196,10 +196,13 @@ def _with_config(network, config):
 
 
 if __name__ == "__main__":
+    from experiments import train as experiment  # the config files of its own command import this module
+
     parser = argparse.ArgumentParser()
-    parser.add_argument("what", choices=["state", "sample"])
     parser.add_argument("folder", type=pathlib.Path)
     parser.add_argument("total", type=int)
+    parser.add_argument("--train", required=True)
+    parser.add_argument("--sample", action="store_true")
     parser.add_argument("--distributed", action="store_true")
     parser.add_argument("--coordinator")
     parser.add_argument("--processes", type=int)
@@ -207,7 +210,7 @@ if __name__ == "__main__":
     given = parser.parse_args()
     if given.distributed:
         multihost.initialize(given.coordinator, given.processes, given.process)
-    if given.what == "state":
-        state(given.folder, given.total)
-    else:
-        sample(given.folder, given.total)
+    made = miniature.train_config(given.folder, given.train, given.total)
+    experiment.run(build(TrainConfig, made.to_dict()))
+    found = state(given.folder, given.total)
+    print(json.dumps(found | (sample(given.folder, given.total) if given.sample else {})))
