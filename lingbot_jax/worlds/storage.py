@@ -33,9 +33,7 @@ from lingbot_jax.worlds import checksums
 from lingbot_jax.worlds.checksums import ARRAYS, DIGESTS
 
 CHUNK_BYTES = 64 << 20  # of a stored array: large enough to stream, small enough to restore in parallel
-SLICE_BYTES = (
-    1 << 20
-)  # of an array that several devices hold: smaller parts are not worth a program each to cut them
+SLICE_BYTES = 1 << 20  # of an array on several devices: cutting smaller parts is not worth a program each
 READ_BYTES = 4 << 30  # of arrays that are read at once
 
 SHOWN = 5  # differences that an error names

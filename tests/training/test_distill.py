@@ -42,6 +42,8 @@ from tests.bench import distill_memory
 from tests.rollout.worlds import TINY, codec, network
 from tests.training import micro
 
+pytestmark = pytest.mark.long
+
 CAUSAL = CausalConfig(chunk=2, window=6, sink=2, schedule="warped", levels=(1000, 500), shift=3.0)
 H, W, FRAMES = 2, 4, 12  # 6 chunks
 KEY = jax.random.key(3)
