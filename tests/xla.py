@@ -3,8 +3,12 @@
 import os
 
 CACHE = "JAX_COMPILATION_CACHE_DIR"
-# The older of XLA's two emitters compiles a third faster.
-UNOPTIMIZED = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true --xla_cpu_use_fusion_emitters=false"
+# The older of XLA's two emitters compiles a third faster. The scheduler that goes with the newer one lets collectives
+# of several devices wait for each other for ever here.
+UNOPTIMIZED = (
+    "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true --xla_cpu_use_fusion_emitters=false "
+    "--xla_cpu_enable_concurrency_optimized_scheduler=false"
+)
 
 
 def flags(devices: int = 1) -> str:
