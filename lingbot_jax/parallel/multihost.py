@@ -8,8 +8,11 @@ What is added here are the things a training job must agree on, and a clean end 
                             and exit code 75
     a process hangs      -> JAX misses its heartbeat after `HEARTBEAT` seconds, says so and aborts its peers (SIGABRT,
                             in a shell 134): no Python code gets a say
-    SIGTERM (preemption) -> all processes stop after the same step (`Stop`), whichever got the signal
-    afterwards           -> the same command resumes from the newest checkpoint; a scheduler may loop on 75 and 134
+    SIGTERM (preemption) -> all processes stop after the same step (`Stop`), whichever got the signal, save it, and
+                            exit with 143, as a process does (in a shell) that SIGTERM itself has ended: nobody takes
+                            it for the end of the run, which is 0
+    afterwards           -> the same command resumes from the newest checkpoint; a scheduler may loop on 75, 134 and
+                            143, and must not on 2
 """
 
 import contextlib
@@ -36,6 +39,7 @@ T = TypeVar("T")
 HEARTBEAT = 30  # seconds without a sign of life after which a process counts as lost
 MESSAGE = 2048  # bytes of an error that are told to other processes
 LOST = 75  # exit code EX_TEMPFAIL: run the same command again
+PREEMPTED = 128 + signal.SIGTERM  # exit code 143: stopped by SIGTERM, and saved
 
 
 def initialize(
@@ -151,6 +155,10 @@ def agree_on_errors(*kinds: type[Exception]) -> Iterator[None]:
             agreed = mine if index == jax.process_index() else kinds[kind - 1](text)
             agreed.agreed = True
             raise agreed
+
+
+class Preempted(Exception):
+    """A run that SIGTERM stopped before its end, and that was saved; the message is one line for the user."""
 
 
 class Stop:

@@ -14,6 +14,7 @@ from lingbot_jax.config import (
     Path,
     Positive,
     PositiveInt,
+    Seconds,
     Seed,
     config,
     require,
@@ -93,6 +94,9 @@ class CheckpointConfig:
     every: PositiveInt = Field(500, description="steps between checkpoints")
     keep: Annotated[int, Field(ge=2, le=10**6)] = Field(
         3, description="newest checkpoints kept; 2 or more, so that a damaged one is survived"
+    )
+    grace_seconds: Seconds = Field(
+        30.0, description="between SIGTERM and the end of a process; a run that needs more to save warns"
     )
 
 

@@ -37,8 +37,8 @@ def train(config: TrainConfig, evaluate: Evaluate | None = None, profile: str = 
     """Trains from the newest checkpoint, else from `config.init`, else from a random initialisation.
 
     Runs `config.steps` steps in all, through the phases of the curriculum, writes metrics and checkpoints into
-    `config.run`, and returns the state. SIGTERM (preemption) saves a checkpoint and returns early. With several
-    processes all of them make this call, and all see the same batches, losses and errors.
+    `config.run`, and returns the state. With several processes all of them make this call, and all see the same
+    batches, losses and errors.
 
     Args:
       evaluate: called every `config.validation.every` steps. profile: steps to trace, as "100" or "100-105".
@@ -47,6 +47,7 @@ def train(config: TrainConfig, evaluate: Evaluate | None = None, profile: str = 
       ConfigError: something that the user can mend; before the first step nothing is left behind.
       NonFiniteLoss: nothing of the bad step or after it was saved.
       SaveFailed: a checkpoint could not be written; those before it are whole.
+      Preempted: SIGTERM came; the step that was running is done and saved.
     """
     # --- What a user can have got wrong is found here, by all processes together.
     with multihost.agree_on_errors():
@@ -100,16 +101,19 @@ def train(config: TrainConfig, evaluate: Evaluate | None = None, profile: str = 
                     report.now()
                     run.check_owner()
                     checkpoints.save(step + 1, vars(state))
+                report.check_grace(checkpoints.save_seconds)
                 every = config.validation.every
                 if evaluate is not None and every and ((step + 1) % every == 0 or step + 1 == config.steps):
                     report.validation(step + 1, *evaluate(phase.world(state), step + 1))
                 if stopped:
-                    print(f"stopped by a signal after step {step + 1}; the same command resumes", flush=True)
                     break
             if phase is not None:
                 phase.close()
         if writer is not None:
             writer.close()
+        done = int(state.step)
+        if done < config.steps:
+            raise multihost.Preempted(f"stopped by a signal after step {done}, which is saved")
         return state
 
 

@@ -1,6 +1,7 @@
 """What a run says of itself: means of its metrics, where the time goes, a trace for XProf, samples."""
 
 import contextlib
+import logging
 import re
 import time
 from collections.abc import Iterator, Mapping
@@ -16,6 +17,8 @@ from lingbot_jax.parallel.chips import chip_of
 from lingbot_jax.training.config import TrainConfig
 from lingbot_jax.training.metrics import Means, MetricsWriter, StepProgress
 from lingbot_jax.training.objectives import Mean
+
+_log = logging.getLogger(__name__)
 
 
 class NonFiniteLoss(RuntimeError):
@@ -38,6 +41,21 @@ class Clock:
         self.seconds[f"seconds_{part}"], self._last = now - self._last, now
 
 
+def grace_warning(step: float, save: float, grace: float) -> str:
+    """What a user should know who may be preempted, or an empty text; all in seconds.
+
+    The signal can come when one step has just begun and the next is dispatched: both end before the save begins.
+    """
+    needed = 2 * step + save
+    if needed <= grace:
+        return ""
+    return (
+        f"SIGTERM may need {needed:.0f} s, two steps of {step:.1f} s and a checkpoint of {save:.1f} s, but "
+        f"config.checkpoint.grace_seconds = {grace:g}: a preempted run would go back to the checkpoint before; make the "
+        "grace period longer, or save more often"
+    )
+
+
 class Report:
     """Reads the metrics of a step while the next one runs, and writes their means every `log_every` steps.
 
@@ -50,6 +68,8 @@ class Report:
         self._means = Means()
         self._pending: tuple[int, Mapping[str, Mean], np.ndarray, Clock] | None = None
         self._line: tuple[int, float] | None = None  # step and time of the last line, in this phase
+        self._step_seconds: float | None = None  # of the last step that was measured
+        self._warned = False
 
     def enter(self, phase: TrainConfig) -> None:
         """A phase begins: rates are its own, and its first step compiles."""
@@ -92,6 +112,8 @@ class Report:
         self._means.add(values)
         if self._writer is None:
             return
+        if clock.seconds:
+            self._step_seconds = sum(clock.seconds.values())
         self._progress.update(step, values["loss"][0] / values["loss"][1])
         if step % self._config.log_every == 0 or step == self._config.steps:
             self._writer.write(step, self._means.take() | clock.seconds | self._rates(step))
@@ -112,6 +134,19 @@ class Report:
             if chip is not None:
                 found["mfu"] = rate * self._per_step["flops"] / (chip.flops * jax.device_count())
         return found
+
+    def check_grace(self, save: float | None) -> None:
+        """Warns once where preemption would come too soon.
+
+        Args:
+          save: seconds of a checkpoint; None: not known.
+        """
+        if self._warned or save is None or self._step_seconds is None:
+            return
+        said = grace_warning(self._step_seconds, save, self._config.checkpoint.grace_seconds)
+        self._warned = bool(said)
+        if said:
+            _log.warning(said)
 
     def validation(self, step: int, numbers: Mapping[str, float], videos: Mapping[str, np.ndarray]) -> None:
         """What the evaluation value measured, and samples to look at."""
