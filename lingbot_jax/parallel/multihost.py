@@ -198,6 +198,7 @@ def _lost(error: Exception) -> bool:
     """Whether an error of the runtime means that another process is gone."""
     text = str(error).lower()
     signs = ("gloo", "connection reset", "connection closed", "heartbeat", "unavailable", "socket closed")
+    signs += ("deadline_exceeded",)  # of an answer that the coordinator should have had
     return isinstance(error, jax.errors.JaxRuntimeError) and any(sign in text for sign in signs)
 
 

@@ -92,6 +92,10 @@ class CheckpointConfig:
     """When a run is saved."""
 
     every: PositiveInt = Field(500, description="steps between checkpoints")
+    every_minutes: Annotated[Positive, Field(le=10**5)] | None = Field(
+        30.0,
+        description="after which the next step is saved too, and a new run's first step; None: by steps alone",
+    )
     keep: Annotated[int, Field(ge=2, le=10**6)] = Field(
         3, description="newest checkpoints kept; 2 or more, so that a damaged one is survived"
     )

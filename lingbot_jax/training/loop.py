@@ -21,6 +21,7 @@ from lingbot_jax.training.objectives import Constants, Objective
 from lingbot_jax.training.objectives.world import draw_known
 from lingbot_jax.training.report import Profile, Report
 from lingbot_jax.training.run_dir import init_run_dir
+from lingbot_jax.training.saving import Saving
 from lingbot_jax.training.start import fresh_state, objective_of, resolve
 from lingbot_jax.training.state import TrainState, abstract_state
 from lingbot_jax.training.step import Program, encode_program, make_step, networks_of, update_counts
@@ -68,6 +69,7 @@ def train(config: TrainConfig, evaluate: Evaluate | None = None, profile: str = 
         restored = checkpoints.restore(vars(places[0]))
         state = fresh_state(config, meshes[0], objective) if restored is None else TrainState(**restored)
         start = int(state.step)
+        saving = Saving(config.checkpoint, start)
         writer = MetricsWriter(config.run, start) if jax.process_index() == 0 else None
 
         # --- Loop. The loss of a step is read while the next one runs; a checkpoint waits for its own.
@@ -97,10 +99,11 @@ def train(config: TrainConfig, evaluate: Evaluate | None = None, profile: str = 
 
                 stopped = stop(step + 1)
                 last = step + 1 == config.steps or stopped
-                if last or (step + 1) % config.checkpoint.every == 0:
+                if last or saving.due(step + 1, checkpoints.busy):
                     report.now()
                     run.check_owner()
                     checkpoints.save(step + 1, vars(state))
+                    saving.done(step + 1)
                 report.check_grace(checkpoints.save_seconds)
                 every = config.validation.every
                 if evaluate is not None and every and ((step + 1) % every == 0 or step + 1 == config.steps):

@@ -51,8 +51,8 @@ def grace_warning(step: float, save: float, grace: float) -> str:
         return ""
     return (
         f"SIGTERM may need {needed:.0f} s, two steps of {step:.1f} s and a checkpoint of {save:.1f} s, but "
-        f"config.checkpoint.grace_seconds = {grace:g}: a preempted run would go back to the checkpoint before; make the "
-        "grace period longer, or save more often"
+        f"config.checkpoint.grace_seconds = {grace:g}: a preempted run would go back to the checkpoint before; make "
+        "the grace period longer, or save more often"
     )
 
 

@@ -155,6 +155,11 @@ class Checkpoints:
         self._saving = self._sealing = None
 
     @property
+    def busy(self) -> bool:
+        """Whether a checkpoint is being written."""
+        return self._manager.is_saving_in_progress()
+
+    @property
     def save_seconds(self) -> float | None:
         """Of the last save that is whole, from the call to the disk, in process 0; None before there is one."""
         now = None if self._sealing is None else self._sealing.seconds

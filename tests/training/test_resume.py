@@ -60,7 +60,7 @@ def test_a_retry_loop_through_three_sigterms_gives_the_uninterrupted_losses(
 ):
     """After its first step, later, and at the end of a phase; the loop ends with the run. And nothing is saved in a
     microsecond of grace: the run says so, once in every start that knows how long saving takes."""
-    checkpoint = CheckpointConfig(every=2, grace_seconds=1e-6)
+    checkpoint = CheckpointConfig(every=2, every_minutes=None, grace_seconds=1e-6)
     config = dataclasses.replace(whole, run=str(folder / "retried"), steps=7, checkpoint=checkpoint)
     signals, later = [1, 3, 6], Report.later
 
