@@ -5,7 +5,8 @@ python -m experiments.train --config=experiments/configs/tiny.py:world --config.
 On a pod the same command runs on every host, with --distributed; where the cluster is not one that JAX
 detects, --coordinator=HOST:PORT --processes=N --process=I as well. config.data.batch is clips per step, over all.
 Exit codes: 0 the run is complete, 2 a mistake of the user, 143 stopped by SIGTERM and saved, 75 and 134 another
-process was lost; after all but 0 and 2 the same command goes on. Stages, curriculum, experts: docs/training.md.
+process was lost, 124 a wait passed its bound; after all but 0 and 2 the same command goes on. Stages, curriculum,
+experts: docs/training.md.
 """
 
 import sys

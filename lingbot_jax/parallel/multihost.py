@@ -11,8 +11,9 @@ What is added here are the things a training job must agree on, and a clean end 
     SIGTERM (preemption) -> all processes stop after the same step (`Stop`), whichever got the signal, save it, and
                             exit with 143, as a process does (in a shell) that SIGTERM itself has ended: nobody takes
                             it for the end of the run, which is 0
-    afterwards           -> the same command resumes from the newest checkpoint; a scheduler may loop on 75, 134 and
-                            143, and must not on 2
+    a wait passes its bound -> the process shows its stacks and exits with 124 (`training.watchdog`); its peers lose it
+    afterwards           -> the same command resumes from the newest checkpoint; a scheduler may loop on 75, 124, 134
+                            and 143, and must not on 2
 """
 
 import contextlib
@@ -39,6 +40,7 @@ T = TypeVar("T")
 HEARTBEAT = 30  # seconds without a sign of life after which a process counts as lost
 MESSAGE = 2048  # bytes of an error that are told to other processes
 LOST = 75  # exit code EX_TEMPFAIL: run the same command again
+STALLED = 124  # exit code, as of timeout(1): a wait passed its bound (`training.watchdog`); run it again
 PREEMPTED = 128 + signal.SIGTERM  # exit code 143: stopped by SIGTERM, and saved
 
 

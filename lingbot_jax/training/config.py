@@ -105,6 +105,17 @@ class CheckpointConfig:
 
 
 @config
+class WatchdogConfig:
+    """How long the loop may wait before it counts as stuck: the process shows its stacks and ends (code 124)."""
+
+    step_seconds: Seconds | None = Field(
+        3600.0,
+        description="for a step, the compilation of its program included, here or on another host; None: ever",
+    )
+    data_seconds: Seconds | None = Field(1800.0, description="for the clips of a step; None: ever")
+
+
+@config
 class ValidationConfig:
     """The evaluation value of a run, measured while it trains (`experiments.train`)."""
 
@@ -166,6 +177,7 @@ class TrainConfig:
     optimizer: OptimizerConfig = Field(OptimizerConfig(), description="updates")
     checkpoint: CheckpointConfig = Field(CheckpointConfig(), description="saving")
     validation: ValidationConfig = Field(ValidationConfig(), description="measuring while training")
+    watchdog: WatchdogConfig = Field(WatchdogConfig(), description="bounds of waiting")
     size: tuple[Pixels, Pixels] = Field(
         (0, 0), description="height, width video is scaled and cropped to; 0, 0: as stored"
     )

@@ -25,6 +25,7 @@ from lingbot_jax.training.saving import Saving
 from lingbot_jax.training.start import fresh_state, objective_of, resolve
 from lingbot_jax.training.state import TrainState, abstract_state
 from lingbot_jax.training.step import Program, encode_program, make_step, networks_of, update_counts
+from lingbot_jax.training.watchdog import bounded
 from lingbot_jax.worlds.checkpoints import Checkpoints
 from lingbot_jax.worlds.clips import prepare
 from lingbot_jax.worlds.open import find, open_encoders
@@ -87,15 +88,20 @@ def train(config: TrainConfig, evaluate: Evaluate | None = None, profile: str = 
                     places_now = jax.tree.map(lambda leaf: leaf.sharding, places[index])
                     state = jax.device_put(state, places_now, donate=True)  # never held twice
 
+                name, limits = f"step {step + 1}", config.watchdog
                 with trace.step(step):
-                    clock = report.clock(step, state)
-                    rows = phase.next()
+                    with bounded(name, limits.step_seconds):
+                        clock = report.clock(step, state)
+                    with bounded(f"the clips of {name}", limits.data_seconds):
+                        rows = phase.next()
                     clock.mark("data")
-                    batch = phase.encode(rows, step)
-                    clock.mark("encode", batch)
-                    state, metrics = phase.update(state, batch, step)
-                    clock.mark("step", metrics)
-                report.later(step + 1, metrics, rows["record_ids"], clock)
+                    with bounded(name, limits.step_seconds):
+                        batch = phase.encode(rows, step)
+                        clock.mark("encode", batch)
+                        state, metrics = phase.update(state, batch, step)
+                        clock.mark("step", metrics)
+                with bounded(name, limits.step_seconds):
+                    report.later(step + 1, metrics, rows["record_ids"], clock)
 
                 stopped = stop(step + 1)
                 last = step + 1 == config.steps or stopped

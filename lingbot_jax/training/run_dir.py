@@ -35,6 +35,7 @@ MAY_CHANGE = (
     "log_every",
     "checkpoint",
     "validation",
+    "watchdog",
     "codec",  # where files lie: a run keeps its own copy, or `world` describes them
     "init",  # of no meaning once there is a checkpoint
     "teacher",

@@ -140,8 +140,8 @@ def _checkpoints(folder, index):
 
 
 def _saved(index):
-    """Steps that are due by minutes: process 0 has saved at minute 100 and looks again at 101, 102 ...; an hour passes for
-    process 1 from one step to the next."""
+    """Steps that are due by minutes: process 0 has saved at minute 100 and looks again at 101, 102 ...; an hour
+    passes for process 1 from one step to the next."""
     minutes = iter(range(100, 200) if index == 0 else range(0, 6000, 60))
     saving = Saving(CheckpointConfig(every=1000, every_minutes=2.5), 5, lambda: 60.0 * next(minutes))
     steps = []

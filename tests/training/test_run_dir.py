@@ -15,7 +15,7 @@ from lingbot_jax.data.config import DataConfig
 from lingbot_jax.models.config import DiTConfig
 from lingbot_jax.parallel.mesh import MeshConfig
 from lingbot_jax.training import owner as owners
-from lingbot_jax.training.config import CheckpointConfig, OptimizerConfig, Phase, TrainConfig
+from lingbot_jax.training.config import CheckpointConfig, OptimizerConfig, Phase, TrainConfig, WatchdogConfig
 from lingbot_jax.training.owner import Owner
 from lingbot_jax.training.run_dir import init_run_dir, load_config
 from lingbot_jax.worlds.config import WorldConfig
@@ -61,6 +61,7 @@ def change(values, field: str, value):
         ("steps", 200),
         ("log_every", 3),
         ("checkpoint", CheckpointConfig(every=7)),
+        ("watchdog", WatchdogConfig(step_seconds=7.0)),
         ("mesh", MeshConfig(fsdp=2, ulysses=1)),
         ("data.threads", 5),
         ("data.prefetch", 9),
