@@ -19,7 +19,7 @@ from lingbot_jax.config import (
     config,
     require,
 )
-from lingbot_jax.data.config import DataConfig
+from lingbot_jax.data.config import DataConfig, MixtureConfig
 from lingbot_jax.models.config import DiTConfig
 from lingbot_jax.parallel.mesh import MeshConfig
 from lingbot_jax.training.post_training import DistillConfig, ForcingConfig
@@ -132,7 +132,10 @@ class Phase:
     )
     frames: PositiveInt | None = Field(None, description="video frames of a crop")
     batch: PositiveInt | None = Field(None, description="clips per step")
-    path: Path | None = Field(None, description="data set, for phases that need longer clips")
+    path: Path | None = Field(
+        None, description="data set, for phases that need longer clips; alone, unless mixture is given too"
+    )
+    mixture: tuple[MixtureConfig, ...] | None = Field(None, description="data sets beside path")
     size: tuple[Pixels, Pixels] | None = Field(None, description="height and width of the video")
     shift: Shift | None = Field(None, description="of the timestep distribution; rises with duration")
     grad_accum_steps: PositiveInt | None = Field(None, description="parts a batch is computed in")
@@ -259,10 +262,13 @@ class TrainConfig:
         found = []
         for index, phase in enumerate(self.curriculum):
             say = lambda given, own: own if given is None else given
+            mixture = say(phase.mixture, self.data.mixture if phase.path is None else ())
             try:
                 data = dataclasses.replace(
                     self.data,
                     path=say(phase.path, self.data.path),
+                    weight=self.data.weight if mixture else 1.0,
+                    mixture=mixture,
                     frames=say(phase.frames, self.data.frames),
                     batch=say(phase.batch, self.data.batch),
                     seed=(self.data.seed + index) % 2**32,  # every phase has an order of its own

@@ -88,19 +88,19 @@ def train(config: TrainConfig, evaluate: Evaluate | None = None, profile: str = 
                     places_now = jax.tree.map(lambda leaf: leaf.sharding, places[index])
                     state = jax.device_put(state, places_now, donate=True)  # never held twice
 
-                name, limits = f"step {step + 1}", config.watchdog
+                name = f"step {step + 1}"
                 with trace.step(step):
-                    with bounded(name, limits.step_seconds):
+                    with bounded(name, config.watchdog.step_seconds):
                         clock = report.clock(step, state)
-                    with bounded(f"the clips of {name}", limits.data_seconds):
+                    with bounded(f"the clips of {name}", config.watchdog.data_seconds):
                         rows = phase.next()
                     clock.mark("data")
-                    with bounded(name, limits.step_seconds):
+                    with bounded(name, config.watchdog.step_seconds):
                         batch = phase.encode(rows, step)
                         clock.mark("encode", batch)
                         state, metrics = phase.update(state, batch, step)
                         clock.mark("step", metrics)
-                with bounded(name, limits.step_seconds):
+                with bounded(name, config.watchdog.step_seconds):
                     report.later(step + 1, metrics, rows["record_ids"], clock)
 
                 stopped = stop(step + 1)
