@@ -16,6 +16,7 @@ from lingbot_jax.parallel import multihost
 from lingbot_jax.parallel.mesh import make_mesh
 from lingbot_jax.training import curriculum
 from lingbot_jax.training.config import TrainConfig
+from lingbot_jax.training.goodput import Goodput
 from lingbot_jax.training.metrics import MetricsWriter, StepProgress
 from lingbot_jax.training.objectives import Constants, Objective
 from lingbot_jax.training.objectives.world import draw_known
@@ -51,6 +52,7 @@ def train(config: TrainConfig, evaluate: Evaluate | None = None, profile: str = 
       SaveFailed: a checkpoint could not be written; those before it are whole.
       Preempted: SIGTERM came; the step that was running is done and saved.
     """
+    goodput = Goodput()
     # --- What a user can have got wrong is found here, by all processes together.
     with multihost.agree_on_errors():
         config = resolve(config)
@@ -77,47 +79,57 @@ def train(config: TrainConfig, evaluate: Evaluate | None = None, profile: str = 
         phase: _Phase | None = None
         watching = StepProgress(config.stage, start, config.steps), Profile(config.run, profile)
         with checkpoints, watching[0] as progress, watching[1] as trace:
-            report = Report(config, writer, progress)
+            report = Report(config, writer, progress, goodput)
+            goodput.restored()
             for step in range(start, config.steps):
                 if phase is None or step == phase.end:
-                    index = curriculum.phase_at(config, step)
-                    if phase is not None:
-                        phase.close()
-                    phase = _Phase.enter(config, index, step, meshes[index], data[index], objective)
-                    report.enter(phase.config)
-                    places_now = jax.tree.map(lambda leaf: leaf.sharding, places[index])
-                    state = jax.device_put(state, places_now, donate=True)  # never held twice
+                    with goodput.on("compile"):
+                        index = curriculum.phase_at(config, step)
+                        if phase is not None:
+                            phase.close()
+                        phase = _Phase.enter(config, index, step, meshes[index], data[index], objective)
+                        report.enter(phase.config)
+                        places_now = jax.tree.map(lambda leaf: leaf.sharding, places[index])
+                        state = jax.device_put(state, places_now, donate=True)  # never held twice
 
                 name = f"step {step + 1}"
+                work = "compile" if phase.compiles(step) else "step"
                 with trace.step(step):
-                    with bounded(name, config.watchdog.step_seconds):
+                    with goodput.on("step"), bounded(name, config.watchdog.step_seconds):
                         clock = report.clock(step, state)
-                    with bounded(f"the clips of {name}", config.watchdog.data_seconds):
+                    waited = bounded(f"the clips of {name}", config.watchdog.data_seconds)
+                    with goodput.on("data", report.busy_until), waited:
                         rows = phase.next()
                     clock.mark("data")
-                    with bounded(name, config.watchdog.step_seconds):
+                    with goodput.on(work), bounded(name, config.watchdog.step_seconds):
                         batch = phase.encode(rows, step)
                         clock.mark("encode", batch)
                         state, metrics = phase.update(state, batch, step)
                         clock.mark("step", metrics)
-                with bounded(name, config.watchdog.step_seconds):
+                with goodput.on(work), bounded(name, config.watchdog.step_seconds):
                     report.later(step + 1, metrics, rows["record_ids"], clock)
 
                 stopped = stop(step + 1)
                 last = step + 1 == config.steps or stopped
                 if last or saving.due(step + 1, checkpoints.busy):
-                    report.now()
-                    run.check_owner()
-                    checkpoints.save(step + 1, vars(state))
-                    saving.done(step + 1)
+                    with goodput.on("step"), bounded(name, config.watchdog.step_seconds):
+                        report.now()
+                    with goodput.on("checkpoint"):
+                        run.check_owner()
+                        checkpoints.save(step + 1, vars(state))
+                        saving.done(step + 1)
                 report.check_grace(checkpoints.save_seconds)
                 every = config.validation.every
                 if evaluate is not None and every and ((step + 1) % every == 0 or step + 1 == config.steps):
-                    report.validation(step + 1, *evaluate(phase.world(state), step + 1))
+                    with goodput.on("evaluation"):
+                        report.validation(step + 1, *evaluate(phase.world(state), step + 1))
                 if stopped:
                     break
             if phase is not None:
                 phase.close()
+            with goodput.on("checkpoint"):
+                checkpoints.wait()
+            report.last_line()
         if writer is not None:
             writer.close()
         done = int(state.step)
@@ -191,6 +203,10 @@ class _Phase:
             self.programs[names] = make_step(self.objective, self.config, self.mesh, updates)
         part, metrics = self.programs[names](state.part(names), batch, self.constants)
         return state.updated(part), metrics
+
+    def compiles(self, step: int) -> bool:
+        """Whether this step is the first of its program."""
+        return networks_of(self.objective.updates(step)) not in self.programs
 
     def world(self, state: TrainState) -> World:
         """The world as it stands, with averaged parameters where they train."""

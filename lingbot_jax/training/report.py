@@ -1,7 +1,9 @@
 """What a run says of itself: means of its metrics, where the time goes, a trace for XProf, samples."""
 
+import concurrent.futures
 import contextlib
 import logging
+import math
 import re
 import time
 from collections.abc import Iterator, Mapping
@@ -15,6 +17,7 @@ from lingbot_jax.config import ConfigError
 from lingbot_jax.models.flops import training_flops
 from lingbot_jax.parallel.chips import chip_of
 from lingbot_jax.training.config import TrainConfig
+from lingbot_jax.training.goodput import Goodput, device_memory
 from lingbot_jax.training.metrics import Means, MetricsWriter, StepProgress
 from lingbot_jax.training.objectives import Mean
 
@@ -60,11 +63,16 @@ class Report:
     """Reads the metrics of a step while the next one runs, and writes their means every `log_every` steps.
 
     Beside what losses report: learning rate and gradient norm per network, seconds waiting for data, encoding and in
-    the step (of one step per line), steps and tokens per second, and on TPUs the model FLOP utilisation.
+    the step (of one step per line), steps and tokens per second, on TPUs the model FLOP utilisation, the goodput, and
+    memory of the devices.
     """
 
-    def __init__(self, config: TrainConfig, writer: MetricsWriter | None, progress: StepProgress):
-        self._config, self._writer, self._progress = config, writer, progress
+    def __init__(
+        self, config: TrainConfig, writer: MetricsWriter | None, progress: StepProgress, goodput: Goodput
+    ):
+        self._config, self._writer, self._progress, self._goodput = config, writer, progress, goodput
+        self._waiter = concurrent.futures.ThreadPoolExecutor(1)
+        self._ended: concurrent.futures.Future[float] | None = None  # of the step that was dispatched last
         self._means = Means()
         self._pending: tuple[int, Mapping[str, Mean], np.ndarray, Clock] | None = None
         self._line: tuple[int, float] | None = None  # step and time of the last line, in this phase
@@ -93,6 +101,13 @@ class Report:
         """Takes a dispatched step's values, and reads those of the one before."""
         self.now()
         self._pending = (step, metrics, records, clock)
+        self._ended = self._waiter.submit(_when_ready, metrics)
+
+    def busy_until(self) -> float:
+        """When the step that was dispatched last had ended (monotonic seconds); inf if it still runs."""
+        if self._ended is None:
+            return -math.inf
+        return self._ended.result() if self._ended.done() else math.inf
 
     def now(self) -> None:
         """Reads what is pending. Raises NonFiniteLoss, in every process alike."""
@@ -116,9 +131,17 @@ class Report:
             self._step_seconds = sum(clock.seconds.values())
         self._progress.update(step, values["loss"][0] / values["loss"][1])
         if step % self._config.log_every == 0 or step == self._config.steps:
-            self._writer.write(step, self._means.take() | clock.seconds | self._rates(step))
+            self._writer.write(step, self._means.take() | clock.seconds | self._rates(step) | self._costs())
         elif self._line is None:
             self._line = (step, time.monotonic())  # the first step of a phase compiled
+
+    def _costs(self) -> dict[str, float]:
+        return self._goodput.shares() | device_memory()
+
+    def last_line(self) -> None:
+        """Where the time went."""
+        if self._writer is not None:
+            print(self._goodput.line(), flush=True)
 
     def _rates(self, step: int) -> dict[str, float]:
         """Since the last line."""
@@ -154,6 +177,11 @@ class Report:
             self._writer.write(step, {f"validation_{name}": float(value) for name, value in numbers.items()})
             self._writer.videos(step, videos)
         self._line = None  # its seconds are none of training's
+
+
+def _when_ready(values: Any) -> float:
+    jax.block_until_ready(values)
+    return time.monotonic()
 
 
 class Profile:
