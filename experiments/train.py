@@ -4,8 +4,12 @@ python -m experiments.train --config=experiments/configs/tiny.py:world --config.
 
 On a pod the same command runs on every host, with --distributed; where the cluster is not one that JAX
 detects, --coordinator=HOST:PORT --processes=N --process=I as well. config.data.batch is clips per step, over all.
-Stages, curriculum, experts and what happens when a run is cut off: docs/training.md.
+Exit codes: 0 the run is complete, 2 a mistake of the user, 143 stopped by SIGTERM and saved, 75 and 134 another
+process was lost, 124 a wait passed its bound; after all but 0 and 2 the same command goes on. Stages, curriculum,
+experts: docs/training.md.
 """
+
+import sys
 
 from absl import flags
 
@@ -39,6 +43,9 @@ def run(config: TrainConfig, profile: str = "") -> None:
         train(config, make_validation(config), profile)
     except (NonFiniteLoss, SaveFailed) as error:
         raise ConfigError(str(error)) from None
+    except multihost.Preempted as stopped:
+        print(f"{stopped}; the same command resumes", flush=True)
+        sys.exit(multihost.PREEMPTED)
 
 
 if __name__ == "__main__":

@@ -2,14 +2,16 @@
 
 Row r of step s has the global index g = s * batch + r. Its epoch is g // n of the n records, and its record stands
 at place g % n of a permutation that belongs to (seed, epoch); the crop of it begins where (seed, epoch, record) says.
-A record that cannot be read, or is too short, is replaced by one drawn from (seed, step, row, try). Nothing depends
-on what was read before, so there is no position to save, and every process makes the rows that it is asked for.
+Of a mixture, g says which data set the row is from, evenly spread by the weights, and how many rows before it are from
+that one too: this number takes the place of g there. A record that cannot be read, or is too short, is replaced by one
+of the same data set, drawn from (seed, step, row, try). Nothing depends on what was read before, so there is no
+position to save, and every process makes the rows that it is asked for.
 
 A batch is a dict of arrays (b crops of f frames):
 
     frames      uint8    [b f h w 3]        keys        uint8   [b f 8], row 0 zeros
     c2w         float64  [b f 4 4]          intrinsics  float32 [b f 4]
-    narrative, static, scene: text [b]      record_ids: text [b], "shard:index:start"
+    narrative, static, scene: text [b]      record_ids: text [b], "shard:index:start", of a mixture "path/shard: ..."
     temporal: text [b f], what happens at each frame, empty where nothing is said
 
 `scene` is the static caption, and what the scene has become by the end of the crop ("... It is night.").
@@ -26,7 +28,7 @@ import numpy as np
 from grain.experimental import ThreadPrefetchIterDataset
 
 from lingbot_jax.config import ConfigError
-from lingbot_jax.data.config import DataConfig
+from lingbot_jax.data.config import DataConfig, MixtureConfig
 from lingbot_jax.data.records import DataError, ErrorBudget, Records, find_shards
 from lingbot_jax.data.schema import ClipError, decode
 
@@ -41,6 +43,9 @@ _ENDLESS = 2**48  # rows of a stream
 class Dataset:
     """The clips of a split, by step and row; see the module docstring. Safe to share among threads.
 
+    Attributes:
+      mix: data set and place in it, by the index of a row; reads no record.
+
     Raises:
       DataError: no complete data set in the folder, fewer clips than a batch, or (also while reading) more bad
         records than `config.max_bad_records`.
@@ -48,44 +53,53 @@ class Dataset:
 
     def __init__(self, config: DataConfig, split: str = "train"):
         self.config = config
-        self._records = Records(find_shards(config.path, split), ErrorBudget(config.max_bad_records))
-        if self._records.readable < config.batch:
+        budget = ErrorBudget(config.max_bad_records)
+        self._parts = [_open(part, i, config, split, budget) for i, part in enumerate(config.parts())]
+        readable = sum(records.readable for records in self._parts)
+        if readable < config.batch:
             raise DataError(
-                f"config.data.path = {config.path!r}: {self._records.readable} readable clips for"
+                f"config.data.path = {config.path!r}: {readable} readable clips for"
                 f" config.data.batch = {config.batch}; collect more clips or take a smaller batch"
             )
+        self.mix = _mix([part.weight for part in config.parts()])
 
     def __len__(self) -> int:
-        """Records of an epoch."""
-        return len(self._records)
+        """Records, of all data sets."""
+        return sum(map(len, self._parts))
 
     def row(self, step: int, row: int) -> Batch:
         """The crop of row 0 <= `row` < config.batch of `step`: as a batch, without the axis b."""
         seed, attempt = self.config.seed, 0
-        epoch, place = divmod(step * self.config.batch + row, len(self))
-        record = self._order(epoch)[place]
-        while (made := self.crop(record, np.random.default_rng([seed, _CROP, epoch, record]))) is None:
-            draw = np.random.default_rng([seed, _REPLACEMENT, step, row, attempt])
-            record, attempt = int(draw.integers(len(self))), attempt + 1
+        part, place = self.mix[step * self.config.batch + row]
+        own, count = [part] if part else [], len(self._parts[part])
+        epoch, place = divmod(place, count)
+        record = self._order(part, epoch)[place]
+        while (made := self.crop(record, [seed, _CROP, epoch, record, *own], part)) is None:
+            draw = np.random.default_rng([seed, _REPLACEMENT, step, row, attempt, *own])
+            record, attempt = int(draw.integers(count)), attempt + 1
         return made
 
     def rows(self, step: int, rows: Sequence[int]) -> Batch:
         """A batch of those rows of `step`. Raises DataError, also for clips of different sizes."""
         return stack([self.row(step, row) for row in rows])
 
-    def crop(self, record: int, rng: np.random.Generator | None) -> Batch | None:
-        """A crop of a record, from its first frame without `rng`; None if it is bad and the budget is not spent."""
-        blob = self._records[record]
+    def crop(self, record: int, seed: Sequence[int] | None, part: int = 0) -> Batch | None:
+        """A crop of a record of data set `part`, from a frame that `seed` says, or its first.
+
+        None if the record is bad and the budget is not spent.
+        """
+        records = self._parts[part]
+        blob = records[record]
         if blob is None:
             return None
-        frames, name = self.config.frames, self._records.name(record)
+        frames, name = self.config.frames, records.name(record)
         try:
             clip = decode(blob)
             last = max(0, len(clip) - frames)
-            start = 0 if rng is None else int(rng.integers(last + 1))
+            start = 0 if seed is None else int(np.random.default_rng(seed).integers(last + 1))
             clip = clip.crop(start, frames)
         except ClipError as error:
-            self._records.budget.report(name, str(error))
+            records.budget.report(name, str(error))
             return None
         arrays = {a: getattr(clip, a) for a in _ARRAYS}
         told = clip.captions
@@ -93,11 +107,26 @@ class Dataset:
         texts["temporal"] = told.at(clip.timestamps)
         return arrays | texts | {"record_ids": f"{name}:{start}"}
 
-    @functools.lru_cache(maxsize=4)  # noqa: B019 - a data set lives as long as its program
-    def _order(self, epoch: int) -> grain.MapDataset[int]:
+    @functools.lru_cache(maxsize=64)  # noqa: B019 - a data set lives as long as its program
+    def _order(self, part: int, epoch: int) -> grain.MapDataset[int]:
         """The permutation of an epoch: Grain's index shuffle, of which no more than the asked place is computed."""
-        seed = np.random.SeedSequence([self.config.seed, _ORDER, epoch]).generate_state(1)[0]
-        return grain.MapDataset.range(len(self)).shuffle(int(seed))
+        entropy = [self.config.seed, _ORDER, epoch, *([part] if part else [])]
+        seed = np.random.SeedSequence(entropy).generate_state(1)[0]
+        return grain.MapDataset.range(len(self._parts[part])).shuffle(int(seed))
+
+
+def _open(part: MixtureConfig, index: int, config: DataConfig, split: str, budget: ErrorBudget) -> Records:
+    """The records of one data set; where there are several, their names begin with its path."""
+    field = f"config.data.mixture[{index - 1}].path" if index else "config.data.path"
+    return Records(find_shards(part.path, split, field), budget, f"{part.path}/" if config.mixture else "")
+
+
+def _mix(weights: Sequence[float]) -> grain.MapDataset[tuple[int, int]]:
+    """Data set and place in it by index, evenly spread. Grain makes whole numbers of weights, the smallest 100, by
+    cutting: here they are rounded first, so that a share is off by less than 1 %."""
+    whole = [round(100 * weight / min(weights)) for weight in weights]
+    rows = grain.MapDataset.range(_ENDLESS)
+    return grain.MapDataset.mix([rows.map(lambda place, i=i: (i, place)) for i in range(len(whole))], whole)
 
 
 def stack(crops: Sequence[Batch]) -> Batch:
@@ -140,16 +169,16 @@ class BatchStream:
 
     Args:
       rows: of every step's batch, those of this process.
-      transform: applied to every batch, in the thread that makes it ready.
+      transform: applied to every crop, in the threads that read.
     """
 
     def __init__(self, dataset: Dataset, rows: Sequence[int], start: int, transform: Transform | None = None):
         config = dataset.config
         reading = grain.ReadOptions(num_threads=config.threads, prefetch_buffer_size=2 * len(rows))
-        single = grain.MapDataset.source(_Rows(dataset, rows, start)).to_iter_dataset(reading)
-        batches = single.batch(len(rows), drop_remainder=True, batch_fn=stack)
+        single = grain.MapDataset.source(_Rows(dataset, rows, start))
         if transform is not None:
-            batches = batches.map(transform)
+            single = single.map(transform)
+        batches = single.to_iter_dataset(reading).batch(len(rows), drop_remainder=True, batch_fn=stack)
         self._made = [iter(ThreadPrefetchIterDataset(batches, prefetch_buffer_size=config.prefetch))]
         # Also at exit: threads that still fill the buffer while the interpreter goes down abort it.
         self.close = weakref.finalize(self, _close, self._made)

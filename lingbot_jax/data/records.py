@@ -54,16 +54,19 @@ def file_sha256(path: epath.PathLike) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def find_shards(folder: epath.PathLike, split: str) -> list[epath.Path]:
+def find_shards(folder: epath.PathLike, split: str, field: str = "config.data.path") -> list[epath.Path]:
     """The shards of a split, in order.
+
+    Args:
+      field: the flag that `folder` is from, for errors.
 
     Raises:
       DataError: there are none, or one is missing.
       ConfigError: the folder cannot be read.
     """
-    with reached(folder, "config.data.path"):
+    with reached(folder, field):
         found = sorted(p for p in epath.Path(folder).glob(f"{split}-*{SUFFIX}") if _NAME.fullmatch(p.name))
-    place = f"config.data.path = {os.fspath(folder)!r}"
+    place = f"{field} = {os.fspath(folder)!r}"
     if not found:
         raise DataError(f"{place}: no shard {split}-*{SUFFIX}; collect first (python -m experiments.collect)")
     counts = {_NAME.fullmatch(p.name)["count"] for p in found}
@@ -118,12 +121,15 @@ class Records:
     A shard that cannot be opened (cut off, foreign, no regular file) is one fault. Its records keep their numbers
     where dataset.json knows how many they are, so that the order of the others does not depend on it.
 
+    Args:
+      within: stands before the names of shards, where there are several data sets.
+
     Attributes:
       readable: how many records are in shards that could be opened.
     """
 
-    def __init__(self, shards: Iterable[epath.PathLike], budget: ErrorBudget):
-        self.budget = budget
+    def __init__(self, shards: Iterable[epath.PathLike], budget: ErrorBudget, within: str = ""):
+        self.budget, self._within = budget, within
         self.readable = 0
         self._local = threading.local()
         self._index: list[tuple[epath.Path, int]] = []
@@ -132,7 +138,7 @@ class Records:
             reader = _open(path)
             if reader is None:
                 advice = "not a whole ArrayRecord file; delete it and run the collector again"
-                budget.report(path.name, advice)
+                budget.report(within + path.name, advice)
                 count = _promised(path)
                 self._closed.add(path)
             else:
@@ -150,7 +156,7 @@ class Records:
     def name(self, i: int) -> str:
         """`shard:index` of record i."""
         path, index = self._index[i]
-        return f"{path.name.removesuffix(SUFFIX)}:{index}"
+        return f"{self._within}{path.name.removesuffix(SUFFIX)}:{index}"
 
     def __getitem__(self, i: int) -> bytes | None:
         """The bytes of record i, or None if they are damaged and the budget is not spent.

@@ -8,8 +8,12 @@ What is added here are the things a training job must agree on, and a clean end 
                             and exit code 75
     a process hangs      -> JAX misses its heartbeat after `HEARTBEAT` seconds, says so and aborts its peers (SIGABRT,
                             in a shell 134): no Python code gets a say
-    SIGTERM (preemption) -> all processes stop after the same step (`Stop`), whichever got the signal
-    afterwards           -> the same command resumes from the newest checkpoint; a scheduler may loop on 75 and 134
+    SIGTERM (preemption) -> all processes stop after the same step (`Stop`), whichever got the signal, save it, and
+                            exit with 143, as a process does (in a shell) that SIGTERM itself has ended: nobody takes
+                            it for the end of the run, which is 0
+    a wait passes its bound -> the process shows its stacks and exits with 124 (`training.watchdog`); its peers lose it
+    afterwards           -> the same command resumes from the newest checkpoint; a scheduler may loop on 75, 124, 134
+                            and 143, and must not on 2
 """
 
 import contextlib
@@ -36,6 +40,8 @@ T = TypeVar("T")
 HEARTBEAT = 30  # seconds without a sign of life after which a process counts as lost
 MESSAGE = 2048  # bytes of an error that are told to other processes
 LOST = 75  # exit code EX_TEMPFAIL: run the same command again
+STALLED = 124  # exit code, as of timeout(1): a wait passed its bound (`training.watchdog`); run it again
+PREEMPTED = 128 + signal.SIGTERM  # exit code 143: stopped by SIGTERM, and saved
 
 
 def initialize(
@@ -153,6 +159,10 @@ def agree_on_errors(*kinds: type[Exception]) -> Iterator[None]:
             raise agreed
 
 
+class Preempted(Exception):
+    """A run that SIGTERM stopped before its end, and that was saved; the message is one line for the user."""
+
+
 class Stop:
     """Whether to save and stop after this step; the same answer in every process.
 
@@ -190,6 +200,7 @@ def _lost(error: Exception) -> bool:
     """Whether an error of the runtime means that another process is gone."""
     text = str(error).lower()
     signs = ("gloo", "connection reset", "connection closed", "heartbeat", "unavailable", "socket closed")
+    signs += ("deadline_exceeded",)  # of an answer that the coordinator should have had
     return isinstance(error, jax.errors.JaxRuntimeError) and any(sign in text for sign in signs)
 
 

@@ -14,11 +14,12 @@ from lingbot_jax.config import (
     Path,
     Positive,
     PositiveInt,
+    Seconds,
     Seed,
     config,
     require,
 )
-from lingbot_jax.data.config import DataConfig
+from lingbot_jax.data.config import DataConfig, MixtureConfig
 from lingbot_jax.models.config import DiTConfig
 from lingbot_jax.parallel.mesh import MeshConfig
 from lingbot_jax.training.post_training import DistillConfig, ForcingConfig
@@ -91,9 +92,27 @@ class CheckpointConfig:
     """When a run is saved."""
 
     every: PositiveInt = Field(500, description="steps between checkpoints")
+    every_minutes: Annotated[Positive, Field(le=10**5)] | None = Field(
+        30.0,
+        description="after which the next step is saved too, and a new run's first step; None: by steps alone",
+    )
     keep: Annotated[int, Field(ge=2, le=10**6)] = Field(
         3, description="newest checkpoints kept; 2 or more, so that a damaged one is survived"
     )
+    grace_seconds: Seconds = Field(
+        30.0, description="between SIGTERM and the end of a process; a run that needs more to save warns"
+    )
+
+
+@config
+class WatchdogConfig:
+    """How long the loop may wait before it counts as stuck: the process shows its stacks and ends (code 124)."""
+
+    step_seconds: Seconds | None = Field(
+        3600.0,
+        description="for a step, the compilation of its program included, here or on another host; None: ever",
+    )
+    data_seconds: Seconds | None = Field(1800.0, description="for the clips of a step; None: ever")
 
 
 @config
@@ -113,7 +132,10 @@ class Phase:
     )
     frames: PositiveInt | None = Field(None, description="video frames of a crop")
     batch: PositiveInt | None = Field(None, description="clips per step")
-    path: Path | None = Field(None, description="data set, for phases that need longer clips")
+    path: Path | None = Field(
+        None, description="data set, for phases that need longer clips; alone, unless mixture is given too"
+    )
+    mixture: tuple[MixtureConfig, ...] | None = Field(None, description="data sets beside path")
     size: tuple[Pixels, Pixels] | None = Field(None, description="height and width of the video")
     shift: Shift | None = Field(None, description="of the timestep distribution; rises with duration")
     grad_accum_steps: PositiveInt | None = Field(None, description="parts a batch is computed in")
@@ -158,6 +180,7 @@ class TrainConfig:
     optimizer: OptimizerConfig = Field(OptimizerConfig(), description="updates")
     checkpoint: CheckpointConfig = Field(CheckpointConfig(), description="saving")
     validation: ValidationConfig = Field(ValidationConfig(), description="measuring while training")
+    watchdog: WatchdogConfig = Field(WatchdogConfig(), description="bounds of waiting")
     size: tuple[Pixels, Pixels] = Field(
         (0, 0), description="height, width video is scaled and cropped to; 0, 0: as stored"
     )
@@ -239,10 +262,13 @@ class TrainConfig:
         found = []
         for index, phase in enumerate(self.curriculum):
             say = lambda given, own: own if given is None else given
+            mixture = say(phase.mixture, self.data.mixture if phase.path is None else ())
             try:
                 data = dataclasses.replace(
                     self.data,
                     path=say(phase.path, self.data.path),
+                    weight=self.data.weight if mixture else 1.0,
+                    mixture=mixture,
                     frames=say(phase.frames, self.data.frames),
                     batch=say(phase.batch, self.data.batch),
                     seed=(self.data.seed + index) % 2**32,  # every phase has an order of its own

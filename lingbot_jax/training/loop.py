@@ -16,14 +16,17 @@ from lingbot_jax.parallel import multihost
 from lingbot_jax.parallel.mesh import make_mesh
 from lingbot_jax.training import curriculum
 from lingbot_jax.training.config import TrainConfig
+from lingbot_jax.training.goodput import Goodput
 from lingbot_jax.training.metrics import MetricsWriter, StepProgress
 from lingbot_jax.training.objectives import Constants, Objective
 from lingbot_jax.training.objectives.world import draw_known
 from lingbot_jax.training.report import Profile, Report
 from lingbot_jax.training.run_dir import init_run_dir
+from lingbot_jax.training.saving import Saving
 from lingbot_jax.training.start import fresh_state, objective_of, resolve
 from lingbot_jax.training.state import TrainState, abstract_state
 from lingbot_jax.training.step import Program, encode_program, make_step, networks_of, update_counts
+from lingbot_jax.training.watchdog import bounded
 from lingbot_jax.worlds.checkpoints import Checkpoints
 from lingbot_jax.worlds.clips import prepare
 from lingbot_jax.worlds.open import find, open_encoders
@@ -37,8 +40,8 @@ def train(config: TrainConfig, evaluate: Evaluate | None = None, profile: str = 
     """Trains from the newest checkpoint, else from `config.init`, else from a random initialisation.
 
     Runs `config.steps` steps in all, through the phases of the curriculum, writes metrics and checkpoints into
-    `config.run`, and returns the state. SIGTERM (preemption) saves a checkpoint and returns early. With several
-    processes all of them make this call, and all see the same batches, losses and errors.
+    `config.run`, and returns the state. With several processes all of them make this call, and all see the same
+    batches, losses and errors.
 
     Args:
       evaluate: called every `config.validation.every` steps. profile: steps to trace, as "100" or "100-105".
@@ -47,7 +50,9 @@ def train(config: TrainConfig, evaluate: Evaluate | None = None, profile: str = 
       ConfigError: something that the user can mend; before the first step nothing is left behind.
       NonFiniteLoss: nothing of the bad step or after it was saved.
       SaveFailed: a checkpoint could not be written; those before it are whole.
+      Preempted: SIGTERM came; the step that was running is done and saved.
     """
+    goodput = Goodput()
     # --- What a user can have got wrong is found here, by all processes together.
     with multihost.agree_on_errors():
         config = resolve(config)
@@ -67,49 +72,69 @@ def train(config: TrainConfig, evaluate: Evaluate | None = None, profile: str = 
         restored = checkpoints.restore(vars(places[0]))
         state = fresh_state(config, meshes[0], objective) if restored is None else TrainState(**restored)
         start = int(state.step)
+        saving = Saving(config.checkpoint, start)
         writer = MetricsWriter(config.run, start) if jax.process_index() == 0 else None
 
         # --- Loop. The loss of a step is read while the next one runs; a checkpoint waits for its own.
         phase: _Phase | None = None
         watching = StepProgress(config.stage, start, config.steps), Profile(config.run, profile)
         with checkpoints, watching[0] as progress, watching[1] as trace:
-            report = Report(config, writer, progress)
+            report = Report(config, writer, progress, goodput)
+            goodput.restored()
             for step in range(start, config.steps):
                 if phase is None or step == phase.end:
-                    index = curriculum.phase_at(config, step)
-                    if phase is not None:
-                        phase.close()
-                    phase = _Phase.enter(config, index, step, meshes[index], data[index], objective)
-                    report.enter(phase.config)
-                    places_now = jax.tree.map(lambda leaf: leaf.sharding, places[index])
-                    state = jax.device_put(state, places_now, donate=True)  # never held twice
+                    with goodput.on("compile"):
+                        index = curriculum.phase_at(config, step)
+                        if phase is not None:
+                            phase.close()
+                        phase = _Phase.enter(config, index, step, meshes[index], data[index], objective)
+                        report.enter(phase.config)
+                        places_now = jax.tree.map(lambda leaf: leaf.sharding, places[index])
+                        state = jax.device_put(state, places_now, donate=True)  # never held twice
 
+                name = f"step {step + 1}"
+                work = "compile" if phase.compiles(step) else "step"
                 with trace.step(step):
-                    clock = report.clock(step, state)
-                    rows = phase.next()
+                    with goodput.on("step"), bounded(name, config.watchdog.step_seconds):
+                        clock = report.clock(step, state)
+                    waited = bounded(f"the clips of {name}", config.watchdog.data_seconds)
+                    with goodput.on("data", report.busy_until), waited:
+                        rows = phase.next()
                     clock.mark("data")
-                    batch = phase.encode(rows, step)
-                    clock.mark("encode", batch)
-                    state, metrics = phase.update(state, batch, step)
-                    clock.mark("step", metrics)
-                report.later(step + 1, metrics, rows["record_ids"], clock)
+                    with goodput.on(work), bounded(name, config.watchdog.step_seconds):
+                        batch = phase.encode(rows, step)
+                        clock.mark("encode", batch)
+                        state, metrics = phase.update(state, batch, step)
+                        clock.mark("step", metrics)
+                with goodput.on(work), bounded(name, config.watchdog.step_seconds):
+                    report.later(step + 1, metrics, rows["record_ids"], clock)
 
                 stopped = stop(step + 1)
                 last = step + 1 == config.steps or stopped
-                if last or (step + 1) % config.checkpoint.every == 0:
-                    report.now()
-                    run.check_owner()
-                    checkpoints.save(step + 1, vars(state))
+                if last or saving.due(step + 1, checkpoints.busy):
+                    with goodput.on("step"), bounded(name, config.watchdog.step_seconds):
+                        report.now()
+                    with goodput.on("checkpoint"):
+                        run.check_owner()
+                        checkpoints.save(step + 1, vars(state))
+                        saving.done(step + 1)
+                report.check_grace(checkpoints.save_seconds)
                 every = config.validation.every
                 if evaluate is not None and every and ((step + 1) % every == 0 or step + 1 == config.steps):
-                    report.validation(step + 1, *evaluate(phase.world(state), step + 1))
+                    with goodput.on("evaluation"):
+                        report.validation(step + 1, *evaluate(phase.world(state), step + 1))
                 if stopped:
-                    print(f"stopped by a signal after step {step + 1}; the same command resumes", flush=True)
                     break
             if phase is not None:
                 phase.close()
+            with goodput.on("checkpoint"):
+                checkpoints.wait()
+            report.last_line()
         if writer is not None:
             writer.close()
+        done = int(state.step)
+        if done < config.steps:
+            raise multihost.Preempted(f"stopped by a signal after step {done}, which is saved")
         return state
 
 
@@ -178,6 +203,10 @@ class _Phase:
             self.programs[names] = make_step(self.objective, self.config, self.mesh, updates)
         part, metrics = self.programs[names](state.part(names), batch, self.constants)
         return state.updated(part), metrics
+
+    def compiles(self, step: int) -> bool:
+        """Whether this step is the first of its program."""
+        return networks_of(self.objective.updates(step)) not in self.programs
 
     def world(self, state: TrainState) -> World:
         """The world as it stands, with averaged parameters where they train."""

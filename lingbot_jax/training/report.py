@@ -1,6 +1,9 @@
 """What a run says of itself: means of its metrics, where the time goes, a trace for XProf, samples."""
 
+import concurrent.futures
 import contextlib
+import logging
+import math
 import re
 import time
 from collections.abc import Iterator, Mapping
@@ -14,8 +17,11 @@ from lingbot_jax.config import ConfigError
 from lingbot_jax.models.flops import training_flops
 from lingbot_jax.parallel.chips import chip_of
 from lingbot_jax.training.config import TrainConfig
+from lingbot_jax.training.goodput import Goodput, device_memory
 from lingbot_jax.training.metrics import Means, MetricsWriter, StepProgress
 from lingbot_jax.training.objectives import Mean
+
+_log = logging.getLogger(__name__)
 
 
 class NonFiniteLoss(RuntimeError):
@@ -38,18 +44,40 @@ class Clock:
         self.seconds[f"seconds_{part}"], self._last = now - self._last, now
 
 
+def grace_warning(step: float, save: float, grace: float) -> str:
+    """What a user should know who may be preempted, or an empty text; all in seconds.
+
+    The signal can come when one step has just begun and the next is dispatched: both end before the save begins.
+    """
+    needed = 2 * step + save
+    if needed <= grace:
+        return ""
+    return (
+        f"SIGTERM may need {needed:.0f} s, two steps of {step:.1f} s and a checkpoint of {save:.1f} s, but "
+        f"config.checkpoint.grace_seconds = {grace:g}: a preempted run would go back to the checkpoint before; make "
+        "the grace period longer, or save more often"
+    )
+
+
 class Report:
     """Reads the metrics of a step while the next one runs, and writes their means every `log_every` steps.
 
     Beside what losses report: learning rate and gradient norm per network, seconds waiting for data, encoding and in
-    the step (of one step per line), steps and tokens per second, and on TPUs the model FLOP utilisation.
+    the step (of one step per line), steps and tokens per second, on TPUs the model FLOP utilisation, the goodput, and
+    memory of the devices.
     """
 
-    def __init__(self, config: TrainConfig, writer: MetricsWriter | None, progress: StepProgress):
-        self._config, self._writer, self._progress = config, writer, progress
+    def __init__(
+        self, config: TrainConfig, writer: MetricsWriter | None, progress: StepProgress, goodput: Goodput
+    ):
+        self._config, self._writer, self._progress, self._goodput = config, writer, progress, goodput
+        self._waiter = concurrent.futures.ThreadPoolExecutor(1)
+        self._ended: concurrent.futures.Future[float] | None = None  # of the step that was dispatched last
         self._means = Means()
         self._pending: tuple[int, Mapping[str, Mean], np.ndarray, Clock] | None = None
         self._line: tuple[int, float] | None = None  # step and time of the last line, in this phase
+        self._step_seconds: float | None = None  # of the last step that was measured
+        self._warned = False
 
     def enter(self, phase: TrainConfig) -> None:
         """A phase begins: rates are its own, and its first step compiles."""
@@ -73,6 +101,13 @@ class Report:
         """Takes a dispatched step's values, and reads those of the one before."""
         self.now()
         self._pending = (step, metrics, records, clock)
+        self._ended = self._waiter.submit(_when_ready, metrics)
+
+    def busy_until(self) -> float:
+        """When the step that was dispatched last had ended (monotonic seconds); inf if it still runs."""
+        if self._ended is None:
+            return -math.inf
+        return self._ended.result() if self._ended.done() else math.inf
 
     def now(self) -> None:
         """Reads what is pending. Raises NonFiniteLoss, in every process alike."""
@@ -92,11 +127,21 @@ class Report:
         self._means.add(values)
         if self._writer is None:
             return
+        if clock.seconds:
+            self._step_seconds = sum(clock.seconds.values())
         self._progress.update(step, values["loss"][0] / values["loss"][1])
         if step % self._config.log_every == 0 or step == self._config.steps:
-            self._writer.write(step, self._means.take() | clock.seconds | self._rates(step))
+            self._writer.write(step, self._means.take() | clock.seconds | self._rates(step) | self._costs())
         elif self._line is None:
             self._line = (step, time.monotonic())  # the first step of a phase compiled
+
+    def _costs(self) -> dict[str, float]:
+        return self._goodput.shares() | device_memory()
+
+    def last_line(self) -> None:
+        """Where the time went."""
+        if self._writer is not None:
+            print(self._goodput.line(), flush=True)
 
     def _rates(self, step: int) -> dict[str, float]:
         """Since the last line."""
@@ -113,12 +158,30 @@ class Report:
                 found["mfu"] = rate * self._per_step["flops"] / (chip.flops * jax.device_count())
         return found
 
+    def check_grace(self, save: float | None) -> None:
+        """Warns once where preemption would come too soon.
+
+        Args:
+          save: seconds of a checkpoint; None: not known.
+        """
+        if self._warned or save is None or self._step_seconds is None:
+            return
+        said = grace_warning(self._step_seconds, save, self._config.checkpoint.grace_seconds)
+        self._warned = bool(said)
+        if said:
+            _log.warning(said)
+
     def validation(self, step: int, numbers: Mapping[str, float], videos: Mapping[str, np.ndarray]) -> None:
         """What the evaluation value measured, and samples to look at."""
         if self._writer is not None:
             self._writer.write(step, {f"validation_{name}": float(value) for name, value in numbers.items()})
             self._writer.videos(step, videos)
         self._line = None  # its seconds are none of training's
+
+
+def _when_ready(values: Any) -> float:
+    jax.block_until_ready(values)
+    return time.monotonic()
 
 
 class Profile:

@@ -35,10 +35,12 @@ MAY_CHANGE = (
     "log_every",
     "checkpoint",
     "validation",
+    "watchdog",
     "codec",  # where files lie: a run keeps its own copy, or `world` describes them
     "init",  # of no meaning once there is a checkpoint
     "teacher",
     "data.path",
+    "data.mixture*.path",
     "data.threads",
     "data.prefetch",
     "data.max_bad_records",
@@ -141,14 +143,18 @@ def with_absolute_paths(config: TrainConfig) -> TrainConfig:
     if config.init is not None:  # SOURCE, or NAME=SOURCE,...
         parts = [part.rpartition("=") for part in config.init.split(",")]
         init = ",".join(f"{name}{sign}{absolute(source)}" for name, sign, source in parts)
+    whole = lambda part: dataclasses.replace(part, path=absolute(part.path))
+    mixed = lambda parts: None if parts is None else tuple(map(whole, parts))
+    data = dataclasses.replace(whole(config.data), mixture=mixed(config.data.mixture))
+    phases = (dataclasses.replace(whole(phase), mixture=mixed(phase.mixture)) for phase in config.curriculum)
     return dataclasses.replace(
         config,
         run=absolute(config.run),
         codec=absolute(config.codec),
         init=init,
         teacher=absolute(config.teacher),
-        data=dataclasses.replace(config.data, path=absolute(config.data.path)),
-        curriculum=tuple(dataclasses.replace(p, path=absolute(p.path)) for p in config.curriculum),
+        data=data,
+        curriculum=tuple(phases),
     )
 
 
@@ -197,6 +203,9 @@ def _flat(values: Mapping[str, Any], path: str) -> Iterator[tuple[str, Any]]:
     for name, value in values.items():
         if isinstance(value, Mapping) and value:
             yield from _flat(value, f"{path}{name}.")
+        elif isinstance(value, tuple) and all(isinstance(part, Mapping) for part in value):
+            for index, part in enumerate(value):
+                yield from _flat(part, f"{path}{name}[{index}].")
         else:
             yield f"{path}{name}", value
 

@@ -8,6 +8,7 @@ import contextlib
 import logging
 import os
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar
 
@@ -45,6 +46,7 @@ class Checkpoints:
         self._manager: ocp.CheckpointManager | None = None
         self._saving: int | None = None
         self._sealing: _Sealing | None = None
+        self._save_seconds: float | None = None
         if read_only:
             return
         with multihost.agree_on_errors(), self._making():
@@ -81,13 +83,13 @@ class Checkpoints:
         """
         self.wait()
         items = storage.items(storage.named(tree))
-        self._saving = step
+        self._saving, began = step, time.monotonic()
         with self._writing():
             if step in self._manager.all_steps():  # a damaged one, which `restore` passed over
                 self._manager.delete(step)
             self._manager.save(step, args=items, force=True)
         if jax.process_index() == 0:
-            self._sealing = _Sealing(self._directory / str(step))
+            self._sealing = _Sealing(self._directory / str(step), began)
 
     def restore(self, template: Any) -> Any | None:
         """The newest whole checkpoint in the structure of `template`; None if there is none.
@@ -149,7 +151,19 @@ class Checkpoints:
             self._manager.check_for_errors()
         if self._sealing is not None:
             self._sealing.finish()
+            self._save_seconds = self._sealing.seconds
         self._saving = self._sealing = None
+
+    @property
+    def busy(self) -> bool:
+        """Whether a checkpoint is being written."""
+        return self._manager.is_saving_in_progress()
+
+    @property
+    def save_seconds(self) -> float | None:
+        """Of the last save that is whole, from the call to the disk, in process 0; None before there is one."""
+        now = None if self._sealing is None else self._sealing.seconds
+        return self._save_seconds if now is None else now
 
     def close(self) -> None:
         if self._manager is not None:
@@ -192,17 +206,20 @@ class _Sealing:
     A run that is killed in between leaves a checkpoint without a seal, which is read all the same.
     """
 
-    def __init__(self, folder: Any):
-        self._folder, self._over = folder, threading.Event()
+    def __init__(self, folder: Any, began: float):
+        self._folder, self._began, self._over = folder, began, threading.Event()
+        self.seconds: float | None = None  # from `began` until it was whole
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
 
     def _run(self) -> None:
         while not self._over.wait(0.5) and not (self._folder / COMMITTED).exists():
             continue
+        seconds = time.monotonic() - self._began
         try:
             if (self._folder / COMMITTED).exists():
                 checksums.seal(self._folder)
+                self.seconds = seconds
         except Exception as error:
             _log.warning("checkpoint %s has no seal: %s", self._folder, storage.reason(error))
 

@@ -14,6 +14,8 @@ import pytest
 from lingbot_jax.config import ConfigError
 from lingbot_jax.parallel import multihost
 from lingbot_jax.parallel.mesh import MeshConfig, make_mesh
+from lingbot_jax.training.config import CheckpointConfig
+from lingbot_jax.training.saving import Saving
 from lingbot_jax.worlds import checksums, storage
 from lingbot_jax.worlds.checkpoints import Checkpoints
 from tests import xla
@@ -134,7 +136,20 @@ def _checkpoints(folder, index):
         chunk.write_bytes(chunk.read_bytes()[:-1] + b"\xff")
     multihost.from_first(0)
     restore()
-    return values
+    return values + [_saved(index)]
+
+
+def _saved(index):
+    """Steps that are due by minutes: process 0 has saved at minute 100 and looks again at 101, 102 ...; an hour
+    passes for process 1 from one step to the next."""
+    minutes = iter(range(100, 200) if index == 0 else range(0, 6000, 60))
+    saving = Saving(CheckpointConfig(every=1000, every_minutes=2.5), 5, lambda: 60.0 * next(minutes))
+    steps = []
+    for step in range(6, 14):
+        if saving.due(step, busy=False):
+            saving.done(step)
+            steps.append(step)
+    return steps
 
 
 def _refused(folder, index):
@@ -196,8 +211,8 @@ def test_rows_that_processes_load_make_the_batch_on_every_mesh(tmp_path):
     assert first[3][0] == second[3][0] == list(range(8)), "one sample over all devices: all load it"
 
 
-def test_all_processes_restore_the_same_step(tmp_path):
-    assert heard("checkpoints", tmp_path) == [[3.0, 2.0, 1.0]] * 2
+def test_all_processes_save_and_restore_the_same_steps(tmp_path):
+    assert heard("checkpoints", tmp_path) == [[3.0, 2.0, 1.0, [8, 11]]] * 2
 
 
 def test_one_device_has_no_path_of_its_own():

@@ -137,7 +137,7 @@ def test_preemption_of_one_process_stops_both_at_the_same_step(folder):
     wait_for_step(folder / "preempted", 5, processes)
     processes[1].send_signal(signal.SIGTERM)
     outputs = [process.communicate(timeout=600)[0] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0]
+    assert [process.returncode for process in processes] == [multihost.PREEMPTED] * 2
     stopped = {line for output in outputs for line in output.splitlines() if "stopped by a signal" in line}
     assert len(stopped) == 1, stopped
 

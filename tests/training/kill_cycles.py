@@ -69,7 +69,7 @@ def main() -> None:
         fields = {
             "world": micro.world_config("high", "low"),
             "steps": options.steps,
-            "checkpoint": CheckpointConfig(every=3),
+            "checkpoint": CheckpointConfig(every=3, every_minutes=None),
             "curriculum": (
                 Phase(end_step=options.steps // 2, frames=9, batch=8, shift=3.0),
                 Phase(end_step=options.steps),

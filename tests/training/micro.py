@@ -112,7 +112,7 @@ def config(folder: pathlib.Path, run: str, **fields: object) -> TrainConfig:
         "data": DataConfig(path=str(folder / "data"), frames=FRAMES, batch=4),
         "tasks": TaskConfig(max_conditioning_frames=2),
         "optimizer": OptimizerConfig(learning_rate=2e-3, warmup=2),
-        "checkpoint": CheckpointConfig(every=4),
+        "checkpoint": CheckpointConfig(every=4, every_minutes=None),
         "flow": FlowConfig(shift=5.0),
         "curriculum": (Phase(end_step=6, frames=9, batch=8, shift=3.0), Phase(end_step=100000)),
         "log_every": 1,

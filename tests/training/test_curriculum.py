@@ -8,6 +8,7 @@ import pytest
 
 from experiments.configs import w14b
 from lingbot_jax.config import ConfigError, build
+from lingbot_jax.data.config import MixtureConfig
 from lingbot_jax.training import curriculum
 from lingbot_jax.training.config import OptimizerConfig, Phase, TaskConfig, TrainConfig
 from tests.training import micro
@@ -37,6 +38,22 @@ def test_phases_follow_each_other_and_take_what_they_leave_out_from_the_run():
     assert (first.data.frames, first.data.batch, first.flow.shift, parts) == (9, 8, 2.0, 2)
     assert (second.data.path, second.size, second.data.batch) == ("long", (16, 32), run.data.batch)
     assert third.data == dataclasses.replace(run.data, seed=2) and third.flow == run.flow
+    assert config(curriculum=()).phases() == (config(curriculum=()),)
+
+
+def test_a_phase_with_a_path_takes_it_alone_unless_it_has_a_mixture():
+    more, other = (MixtureConfig(path=name, weight=2.0) for name in ("more", "other"))
+    data = dataclasses.replace(config().data, weight=3.0, mixture=(more,))
+    phases = (end(10), end(20, path="long"), end(30, path="long", mixture=(other,)), end(40, mixture=()))
+    parts = [
+        [(p.path, p.weight) for p in run.data.parts()]
+        for run in config(data=data, curriculum=phases).phases()
+    ]
+    first = [(data.path, 3.0), ("more", 2.0)]
+    assert parts == [first, [("long", 1.0)], [("long", 3.0), ("other", 2.0)], [(data.path, 1.0)]]
+
+
+def test_a_run_without_a_curriculum_is_one_phase():
     assert config(curriculum=()).phases() == (config(curriculum=()),)
     assert curriculum.spans(config(curriculum=())) == [(0, 40)]
 

@@ -21,6 +21,7 @@ from lingbot_jax.planning.programs import longest_rollouts
 from lingbot_jax.rollout import causal
 from lingbot_jax.rollout.self_rollout import condition_of, roll
 from lingbot_jax.training.config import TaskConfig
+from lingbot_jax.training.goodput import Goodput
 from lingbot_jax.training.objectives import Constants, Mean
 from lingbot_jax.training.objectives.distill import (
     critic_loss,
@@ -342,7 +343,7 @@ def test_length_and_exit_are_drawn_per_step_and_known_beforehand_in_a_plan():
 
 
 def test_every_update_of_a_step_is_guarded():
-    report = Report(distill_config(micro.ROOT, "unused", init="unused"), None, None)
+    report = Report(distill_config(micro.ROOT, "unused", init="unused"), None, None, Goodput())
     fine, bad = (Mean(jnp.float32(value), jnp.float32(1)) for value in (1.0, np.nan))
     report.later(7, {"loss": fine, "grad_norm": fine, "grad_norm_world": bad}, np.array(["a clip"]), None)
     with pytest.raises(NonFiniteLoss, match="^grad_norm_world = nan at step 7; "):

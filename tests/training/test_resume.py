@@ -12,8 +12,10 @@ import pytest
 
 from lingbot_jax.config import ConfigError
 from lingbot_jax.models import params
+from lingbot_jax.parallel import multihost
 from lingbot_jax.training import run_dir
-from lingbot_jax.training.config import OptimizerConfig
+from lingbot_jax.training.config import CheckpointConfig, OptimizerConfig
+from lingbot_jax.training.report import Report
 from tests.training import kill_cycles, micro
 from tests.training.test_experiment import restored
 
@@ -40,7 +42,7 @@ def test_killed_run_repeats_the_uninterrupted_losses_bit_for_bit(folder, whole):
     kill_cycles.check(config, micro.losses_of(whole), cycles=2, seed=1)
 
 
-def test_sigterm_saves_and_exits_cleanly(folder, whole):
+def test_sigterm_saves_and_ends_with_a_code_of_its_own(folder, whole):
     config = dataclasses.replace(whole, run=str(folder / "preempted"), steps=100000)
     process = micro.start(config)
     deadline = time.monotonic() + 300
@@ -48,9 +50,39 @@ def test_sigterm_saves_and_exits_cleanly(folder, whole):
         time.sleep(0.02)
     process.send_signal(signal.SIGTERM)
     output = process.communicate(timeout=600)[0]
-    assert process.returncode == 0, output
+    assert process.returncode == multihost.PREEMPTED == 143, output
     assert saved(config)[-1] == max(micro.losses_of(config)), "the last step is saved"
     assert "the same command resumes" in output
+
+
+def test_a_retry_loop_through_three_sigterms_gives_the_uninterrupted_losses(
+    folder, whole, monkeypatch, caplog
+):
+    """After its first step, later, and at the end of a phase; the loop ends with the run. And nothing is saved in a
+    microsecond of grace: the run says so, once in every start that knows how long saving takes."""
+    checkpoint = CheckpointConfig(every=2, every_minutes=None, grace_seconds=1e-6)
+    config = dataclasses.replace(whole, run=str(folder / "retried"), steps=7, checkpoint=checkpoint)
+    signals, later = [1, 3, 6], Report.later
+
+    def preempt(self, step, *rest):
+        later(self, step, *rest)
+        if step in signals:
+            signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(Report, "later", preempt)
+    codes = []
+    while not codes or codes[-1]:
+        try:
+            micro.train(config)
+            codes.append(0)
+        except SystemExit as ended:
+            codes.append(ended.code)
+            assert saved(config)[-1] == signals[len(codes) - 1], "the step it stopped after is saved"
+    assert codes == [multihost.PREEMPTED] * 3 + [0]
+    undisturbed = micro.losses_of(whole)
+    assert micro.losses_of(config) == {step: undisturbed[step] for step in range(1, 8)}
+    warnings = [r.getMessage() for r in caplog.records if "grace_seconds = 1e-06" in r.getMessage()]
+    assert len(warnings) == 2, "of every start that saves twice"
 
 
 @pytest.mark.parametrize("damage", ["truncated", "flipped", "deleted"])

@@ -11,11 +11,11 @@ import time
 import pytest
 
 from lingbot_jax.config import ConfigError
-from lingbot_jax.data.config import DataConfig
+from lingbot_jax.data.config import DataConfig, MixtureConfig
 from lingbot_jax.models.config import DiTConfig
 from lingbot_jax.parallel.mesh import MeshConfig
 from lingbot_jax.training import owner as owners
-from lingbot_jax.training.config import CheckpointConfig, OptimizerConfig, Phase, TrainConfig
+from lingbot_jax.training.config import CheckpointConfig, OptimizerConfig, Phase, TrainConfig, WatchdogConfig
 from lingbot_jax.training.owner import Owner
 from lingbot_jax.training.run_dir import init_run_dir, load_config
 from lingbot_jax.worlds.config import WorldConfig
@@ -61,6 +61,7 @@ def change(values, field: str, value):
         ("steps", 200),
         ("log_every", 3),
         ("checkpoint", CheckpointConfig(every=7)),
+        ("watchdog", WatchdogConfig(step_seconds=7.0)),
         ("mesh", MeshConfig(fsdp=2, ulysses=1)),
         ("data.threads", 5),
         ("data.prefetch", 9),
@@ -101,6 +102,19 @@ def test_another_run_is_refused_in_the_same_folder(tmp_path, field, value, named
     with pytest.raises(ConfigError, match=f"^{named}[^\n]*$"):
         begin(change(config(tmp_path / "run"), field, value))
     assert (tmp_path / "run" / "config.json").read_text() == before
+
+
+def test_of_a_mixture_paths_may_change_and_weights_not(tmp_path):
+    def mixed(*parts: tuple[str, float]) -> TrainConfig:
+        mixture = tuple(MixtureConfig(path=path, weight=weight) for path, weight in parts)
+        return config(tmp_path / "run", data=DataConfig(path="data", mixture=mixture))
+
+    begin(mixed(("more", 0.5)))
+    assert load_config(tmp_path / "run").data.mixture[0].path == str(tmp_path / "more")
+    begin(mixed(("elsewhere", 0.5)))
+    for other in ((("more", 2.0),), (("more", 0.5), ("third", 1.0)), ()):
+        with pytest.raises(ConfigError, match=r"^config.data.mixture\[[01]\].weight: \S+ has [^\n]*$"):
+            begin(mixed(*other))
 
 
 def test_cosine_decay_keeps_its_end(tmp_path):
