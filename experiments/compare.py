@@ -80,7 +80,7 @@ def main() -> None:
         for i in range(config.shown)
         for name, videos in zip(("truth", *MODELS), shown, strict=True)
     ]
-    rows += [(f"{name}, {config.seconds:g} s of play", clip.videos[0]) for name, clip in played.items()]
+    rows += [(f"{name}, {config.seconds:g} s", clip.videos[0]) for name, clip in played.items()]
     write_image(out / "sheet.png", contact_sheet(rows, columns=9))
     print(json.dumps(numbers))
 

@@ -10,9 +10,8 @@ import tempfile
 
 from tests import xla
 
-if (
-    xla.CACHE not in os.environ
-):  # the first process makes it, for all that it starts, and removes it when it ends
+# The first process makes it, for all that it starts, and removes it when it ends.
+if xla.CACHE not in os.environ:
     made = tempfile.TemporaryDirectory(prefix="lingbot_jax-compiled-")
     os.environ[xla.CACHE] = made.name
 os.environ |= xla.environment(os.environ[xla.CACHE]) | os.environ

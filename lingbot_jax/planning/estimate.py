@@ -95,12 +95,7 @@ def plan_encode(case: Case) -> Plan:
     if isinstance(compiled, int):
         return plan.holding(total=compiled + held["state"])
     module, memory = HloModule(compiled.as_text()), compiled.memory_analysis()
-    line, found = roofline(module, case.mesh, case.chip, attention_flops=0.0, model_flops=0.0)
-    plan = dataclasses.replace(
-        plan,
-        flops={"matmul_per_chip_hlo": module.matmul_flops(), "peak": line.peak},
-        collective_bytes=collective_bytes(found),
-    ).timed(line)
+    plan, _ = _counted(plan, case, module)
     parts = {"temporaries": memory.temp_size_in_bytes, "program": memory.generated_code_size_in_bytes}
     return plan.holding(**parts, total=_total(memory) + held["state"])
 
@@ -227,9 +222,8 @@ def _arithmetic(plan: Plan, case: Case, module: HloModule) -> tuple[Plan, Roofli
 
 
 def _counted(plan: Plan, case: Case, module: HloModule) -> tuple[Plan, Roofline]:
-    """With what the compiled program says alone: of a step of several networks there is nothing to compare it with.
-
-    Its attention kernels are not counted, so that its time is a lower bound.
+    """With what the compiled program says alone: of encoders, and of a step of several networks, there is nothing to
+    compare it with. Attention kernels are not counted, so that its time is a lower bound.
     """
     line, found = roofline(module, case.mesh, case.chip, attention_flops=0.0, model_flops=0.0)
     flops = {"matmul_per_chip_hlo": module.matmul_flops(), "peak": line.peak}

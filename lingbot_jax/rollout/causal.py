@@ -27,7 +27,7 @@ from lingbot_jax.worlds.config import CausalConfig
 
 Latents = Float[Array, "b t h w c"]
 Network = tuple[WorldDiT, Prepared]  # and what it is told
-Step = Int[Array, ""] | int
+Number = Int[Array, ""] | int  # traced, or known when the program is compiled
 Predict = Callable[[Latents, Float[Array, ""]], Latents]  # (noisy, timestep) -> velocity
 
 
@@ -83,7 +83,7 @@ def denoise_chunk(
     noise: Float[Array, "s b t h w c"],
     config: CausalConfig,
     attend: Attend = Attend(),  # noqa: B008 - frozen
-    exit_step: Step | None = None,
+    exit_step: Number | None = None,
 ) -> Chunk:
     """The steps of the next chunk, then its cache-update pass.
 
@@ -126,18 +126,18 @@ def denoise_chunk(
 
 
 def _few_steps(
-    predict: Predict, noise: Float[Array, "s b t h w c"], few: FewSteps, last: Step | None
+    predict: Predict, noise: Float[Array, "s b t h w c"], few: FewSteps, last: Number | None
 ) -> Latents:
     """Predict x0, re-noise it to the next level, and so on: what the last step begins with."""
     levels = jnp.asarray(few.renoise, jnp.float32)
 
-    def step(i: Step, x: Latents) -> Latents:
+    def step(i: Number, x: Latents) -> Latents:
         return add_noise(_clean(predict, x, few, i), noise[i + 1], levels[i + 1])
 
     return jax.lax.fori_loop(0, len(levels) - 1 if last is None else last, step, noise[0])
 
 
-def _clean(predict: Predict, x: Latents, few: FewSteps, step: Step | None) -> Latents:
+def _clean(predict: Predict, x: Latents, few: FewSteps, step: Number | None) -> Latents:
     """The clean latent that a step predicts; None: the last one."""
     timestep, sigma = (
         jnp.asarray(table, jnp.float32)[-1 if step is None else step] for table in (few.timesteps, few.sigmas)

@@ -67,7 +67,7 @@ def next_chunk(
     key: PRNGKeyArray,
     config: CausalConfig,
     attend: Attend,
-    exit_step: Int[Array, ""] | int | None = None,
+    exit_step: causal.Number | None = None,
 ) -> tuple[Latents, Rollout]:
     """One chunk more: its latents, through which the gradient goes, and the rollout with it, which carries none."""
     first, t = rollout.cache.count, config.chunk
@@ -87,8 +87,8 @@ def roll(
     key: PRNGKeyArray,
     config: CausalConfig,
     attend: Attend,
-    chunks: Int[Array, ""] | int,
-    exit_step: Int[Array, ""] | int | None = None,
+    chunks: causal.Number,
+    exit_step: causal.Number | None = None,
 ) -> Rollout:
     """The first `chunks` chunks of clips, from the images and along the paths that they have. No gradient.
 
@@ -111,7 +111,7 @@ def roll_on(
     config: CausalConfig,
     attend: Attend,
     chunks: int,
-    exit_step: Int[Array, ""] | int | None = None,
+    exit_step: causal.Number | None = None,
 ) -> tuple[Latents, Rollout]:
     """The next `chunks` chunks, whose latents `b chunks*t h w c` carry a gradient: each through its exit pass."""
 

@@ -1,8 +1,9 @@
 """The one training loop: every stage and size runs through `train`."""
 
+import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -94,25 +95,26 @@ def train(config: TrainConfig, evaluate: Evaluate | None = None, profile: str = 
 
                 name = f"step {step + 1}"
                 work = "compile" if phase.compiles(step) else "step"
+                watched = functools.partial(_watched, goodput, name, config.watchdog.step_seconds)
                 with trace.step(step):
-                    with goodput.on("step"), bounded(name, config.watchdog.step_seconds):
+                    with watched("step"):
                         clock = report.clock(step, state)
                     waited = bounded(f"the clips of {name}", config.watchdog.data_seconds)
                     with goodput.on("data", report.busy_until), waited:
                         rows = phase.next()
                     clock.mark("data")
-                    with goodput.on(work), bounded(name, config.watchdog.step_seconds):
+                    with watched(work):
                         batch = phase.encode(rows, step)
                         clock.mark("encode", batch)
                         state, metrics = phase.update(state, batch, step)
                         clock.mark("step", metrics)
-                with goodput.on(work), bounded(name, config.watchdog.step_seconds):
+                with watched(work):
                     report.later(step + 1, metrics, rows["record_ids"], clock)
 
                 stopped = stop(step + 1)
                 last = step + 1 == config.steps or stopped
                 if last or saving.due(step + 1, checkpoints.busy):
-                    with goodput.on("step"), bounded(name, config.watchdog.step_seconds):
+                    with watched("step"):
                         report.now()
                     with goodput.on("checkpoint"):
                         run.check_owner()
@@ -136,6 +138,13 @@ def train(config: TrainConfig, evaluate: Evaluate | None = None, profile: str = 
         if done < config.steps:
             raise multihost.Preempted(f"stopped by a signal after step {done}, which is saved")
         return state
+
+
+@contextlib.contextmanager
+def _watched(goodput: Goodput, what: str, seconds: float | None, cause: str) -> Iterator[None]:
+    """Counts the block as `cause`, and ends the process if `what` takes longer than `seconds`."""
+    with goodput.on(cause), bounded(what, seconds):
+        yield
 
 
 @dataclasses.dataclass(frozen=True)

@@ -141,10 +141,12 @@ class Miniature:
         return [found[step] for step in sorted(found)]
 
     def killed(self) -> None:
-        """A run that is killed after a checkpoint."""
+        """A run that is killed after a checkpoint. Raises RuntimeError: it had ended by itself."""
         job, metrics = self.job("killed"), self.folder / "killed" / "metrics.jsonl"
         while job.alive() and not (metrics.exists() and metrics.read_text().count("\n") > SAVED):
             time.sleep(0.02)
+        if not job.alive():
+            raise RuntimeError("the run that was to be killed ended first")
         job.kill()
 
     def worker(self, run: str, one: bool = False, flags: Sequence[str] = ()) -> list[dict[str, Any]]:

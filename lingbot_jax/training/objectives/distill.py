@@ -23,6 +23,7 @@ from lingbot_jax.models.attention import Attend
 from lingbot_jax.models.codec import Codec
 from lingbot_jax.models.config import DiTConfig
 from lingbot_jax.models.dit import Condition, WorldDiT
+from lingbot_jax.rollout.causal import Number
 from lingbot_jax.rollout.self_rollout import Rollout, condition_of, roll, roll_on, text_of
 from lingbot_jax.training import curriculum
 from lingbot_jax.training.config import STUDENT, TrainConfig
@@ -34,7 +35,6 @@ from lingbot_jax.worlds.condition import Conditioning, camera_window, make_condi
 from lingbot_jax.worlds.config import CausalConfig
 
 Latents = Float[Array, "b t h w c"]
-Count = Int[Array, ""] | int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,7 +80,7 @@ class DistillObjective:
         return "high" if math.floor((i + 1) * share) > math.floor(i * share) else "low"
 
 
-def draw_rollout(key: PRNGKeyArray, config: TrainConfig, frames: int) -> tuple[Count, Count]:
+def draw_rollout(key: PRNGKeyArray, config: TrainConfig, frames: int) -> tuple[Number, Number]:
     """Chunks and exit step of a rollout, numbers where they are not drawn. `frames`: latent frames of the clips."""
     length_key, exit_key = jax.random.split(key)
     shortest, longest = config.distill.shortest, frames // config.world.causal.chunk
@@ -108,7 +108,7 @@ class Window:
 
 
 def score_window(
-    config: TrainConfig, network: DiTConfig, codec: Codec, latents: Latents, clips: Encoded, chunks: Count
+    config: TrainConfig, network: DiTConfig, codec: Codec, latents: Latents, clips: Encoded, chunks: Number
 ) -> Window:
     """The last `distill.window` of `chunks` chunks.
 
@@ -250,8 +250,8 @@ def through_cache(
     key: PRNGKeyArray,
     config: CausalConfig,
     attend: Attend,
-    chunks: Count,
-    exit_step: Count,
+    chunks: Number,
+    exit_step: Number,
     last: int,
 ) -> tuple[Latents, Rollout]:
     """A rollout, and its last chunks with the gradient of their exit passes; the cache before them is a constant."""
@@ -265,8 +265,8 @@ def through_replay(
     key: PRNGKeyArray,
     config: CausalConfig,
     attend: Attend,
-    chunks: Count,
-    exit_step: Count,
+    chunks: Number,
+    exit_step: Number,
     last: int,
 ) -> tuple[Latents, Rollout]:
     """A rollout without gradient, and its last chunks from one teacher-forced pass over what it made.
@@ -295,7 +295,7 @@ def through_replay(
     return jax.lax.dynamic_slice_in_dim(clean, at, last * config.chunk, axis=1), rollout
 
 
-def replayed(config: CausalConfig, total: int, chunks: Count, last: int) -> Int[Array, "n"]:
+def replayed(config: CausalConfig, total: int, chunks: Number, last: int) -> Int[Array, "n"]:
     """Latent frames of a replay: the chunks of the sink, then those at the end of the rollout.
 
     Args:
