@@ -133,7 +133,7 @@ def test_codec(peers, world):
     with torch.no_grad():
         raw = peers[1]["vae"].encode(torch.tensor(np.moveaxis(video, -1, 1))).latent_dist.mode().numpy()
     golden = (np.moveaxis(raw, 1, -1) - np.array(VAE.mean)) / np.array(VAE.std)
-    latents = jax.jit(lambda codec: codec.encode(video))(world.codec)
+    latents = jax.jit(lambda codec, video: codec.encode(video))(world.codec, video)
     np.testing.assert_allclose(latents, golden, atol=1e-4 * np.abs(golden).max())
 
 
