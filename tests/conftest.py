@@ -5,6 +5,7 @@ at the call, with the names of its axes. Compiled programs are shared by everyth
 Modules marked `long` start first, so that no core waits for them at the end.
 """
 
+import gc
 import os
 import tempfile
 
@@ -15,6 +16,8 @@ if xla.CACHE not in os.environ:
     made = tempfile.TemporaryDirectory(prefix="lingbot_jax-compiled-")
     os.environ[xla.CACHE] = made.name
 os.environ |= xla.environment(os.environ[xla.CACHE]) | os.environ
+
+gc.set_threshold(100_000, 50, 100)  # by default, a tenth of the suite's time looks through what tracing made
 
 from jaxtyping import install_import_hook  # noqa: E402 - JAX reads its environment when it is imported
 

@@ -9,7 +9,7 @@ import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from etils import epath
@@ -17,12 +17,13 @@ from jaxtyping import UInt8
 from PIL import Image
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from tensorboardX import SummaryWriter
-from tensorboardX.proto.summary_pb2 import Summary
 
 from lingbot_jax.config import ConfigError
 from lingbot_jax.files import is_remote, write_whole
 from lingbot_jax.worlds import storage
+
+if TYPE_CHECKING:
+    from tensorboardX import SummaryWriter
 
 _log = logging.getLogger(__name__)
 
@@ -117,6 +118,8 @@ class MetricsWriter:
 
     def videos(self, step: int, videos: Mapping[str, UInt8[np.ndarray, "f h w 3"]]) -> None:
         """Shows videos in TensorBoard, as moving pictures."""
+        from tensorboardX.proto.summary_pb2 import Summary
+
         for name, frames in videos.items():
             first, *rest = [Image.fromarray(frame) for frame in frames]
             data = io.BytesIO()
@@ -142,7 +145,10 @@ class MetricsWriter:
         write_whole(self._path, "".join(line + "\n" for line in self._lines))
         self._uploaded = time.monotonic()
 
-    def _open_board(self, folder: epath.Path, purge_step: int) -> SummaryWriter:
+    def _open_board(self, folder: epath.Path, purge_step: int) -> "SummaryWriter":
+        # Half a second to import, and PyTorch with it where there is one: only for the process that writes.
+        from tensorboardX import SummaryWriter
+
         if not self._remote and folder.exists() and not folder.is_dir():
             _move_aside(folder, "not a folder")
         try:

@@ -49,10 +49,12 @@ def _mix(x: UInt32[Array, "..."]) -> UInt32[Array, "..."]:
 _digest = jax.jit(digest)
 
 
-@jax.jit
-def digests_of(arrays: dict[str, Any]) -> dict[str, jax.Array]:
-    """Each is traced once per shape: parameters, moments and averages have the same."""
-    return {name: _digest(array) for name, array in arrays.items()}
+def digests_of(arrays: Mapping[str, Any]) -> dict[str, int]:
+    """By name. A program per shape and sharding, not one of a whole state: parameters, moments and averages share it.
+
+    One is waited for before the next starts: XLA's CPU client cannot run many collectives at a time.
+    """
+    return {name: int(_digest(arrays[name])) for name in sorted(arrays)}
 
 
 def layer_digest(value: np.ndarray, layer: int | None) -> int:

@@ -85,7 +85,7 @@ def item_handlers() -> dict[str, ocp.CheckpointHandler]:
 
 def items(arrays: Mapping[str, Any]) -> ocp.args.Composite:
     """Everything that Orbax is to save of named arrays. The digests are computed, and waited for, here."""
-    digests = {name: int(digest) for name, digest in checksums.digests_of(dict(arrays)).items()}
+    digests = checksums.digests_of(arrays)
     return ocp.args.Composite(**{ARRAYS: _save_args(arrays), DIGESTS: ocp.args.JsonSave(digests)})
 
 
@@ -212,9 +212,7 @@ def read(folder: str | os.PathLike, wanted: Any, partial: bool = False) -> Any:
         with _reading(folder):
             values = _restore(folder, stored, names)
     with _reading(folder):
-        checksums.compare(
-            expected, {name: int(digest) for name, digest in checksums.digests_of(values).items()}
-        )
+        checksums.compare(expected, checksums.digests_of(values))
     for name, spec in names.items():
         if values[name].dtype != spec.dtype:
             stored_as, values[name] = values[name], None

@@ -145,7 +145,7 @@ def state(folder: pathlib.Path, devices: int) -> dict[str, Any]:
     counts = {name: objective.update_count(name) for name in config.world.networks}
     wanted = vars(abstract_state(config, mesh, objective.trains, counts))
     restored = Checkpoints(config.run, read_only=True).restore(wanted)
-    digests = {name: int(d) for name, d in checksums.digests_of(storage.named(restored)).items()}
+    digests = checksums.digests_of(storage.named(restored))
     rows = multihost.rows_of_process(mesh, config.data.batch)
     data = Dataset(config.data)
     ids = [[r, str(data.row(config.steps, r)["record_ids"])] for r in rows]
