@@ -4,6 +4,8 @@
 RUNS = $(shell $(1) -c "import ensurepip, venv" >/dev/null 2>&1 && echo $(1))
 PYTHON := $(or $(PYTHON),$(firstword $(foreach p,python3.13 python3.12 python3.11,$(call RUNS,$(p)))),python3.11)
 VENV ?= .venv
+# One more than the smallest machine has cores: processes of one job often wait for each other.
+WORKERS ?= 3
 # The PyTorch peers are pinned on Python 3.11, and have an environment of their own where PYTHON is another.
 PEERS := $(if $(filter python3.11,$(notdir $(PYTHON))),$(VENV),$(VENV)-peers)
 
@@ -55,14 +57,15 @@ demo: $(MADE).demo.stamp
 	$(RUN) -m experiments.quickstart $(ARGS)
 
 demo-short: $(MADE).demo.stamp
+	rm -rf runs/short
 	$(RUN) -m experiments.quickstart $(SHORT_DEMO)
 
 test: $(MADE).test.stamp
-	$(RUN) -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not parity and not browser" $(ARGS)
+	$(RUN) -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder -m "not parity and not browser" $(ARGS)
 
 # Networks, kernels, goldens and one job of two processes: for the other end of the Pythons and JAX versions.
 test-short: $(MADE).test.stamp
-	$(RUN) -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not parity and not browser" $(SHORT) $(ARGS)
+	$(RUN) -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder -m "not parity and not browser" $(SHORT) $(ARGS)
 
 # In Debian's Chromium (or another one on the PATH); nginx reads its example. Screenshots: runs/browser.
 test-browser: $(MADE).browser.stamp

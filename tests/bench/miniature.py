@@ -31,10 +31,12 @@ from collections.abc import Sequence
 from typing import Any
 
 from lingbot_jax.parallel.mesh import MeshConfig
+from lingbot_jax.parallel.multihost import LOST
 from tests import xla
 
 ROOT = pathlib.Path(__file__).parents[2]
 STEPS, SAVED, FRAMES, CLIPS = 4, 2, 9, 16
+DIED = "This most likely indicates that another task died"  # JAX, of a process that was not in a collective
 
 
 def mesh_of(devices: int) -> MeshConfig:
@@ -87,10 +89,20 @@ class Job:
         return all(process.poll() is None for process in self._processes)
 
     def kill(self) -> None:
-        """The last process first: the others find out as they would on a pod."""
-        for process in reversed(self._processes):
-            process.send_signal(signal.SIGKILL)
-            process.communicate()
+        """Kills the last process, and waits for the others, which end by themselves.
+
+        Raises RuntimeError: one of them took it for the end of the run, or for a mistake of the user.
+        """
+        *others, last = self._processes
+        last.send_signal(signal.SIGKILL)
+        for process in others:
+            _, errors = process.communicate()
+            in_collective = process.returncode == LOST and "run the same command again" in errors
+            if not (in_collective or (process.returncode == -signal.SIGABRT and DIED in errors)):
+                raise RuntimeError(
+                    f"a peer of the killed process ended with {process.returncode}:\n{errors[-4000:]}"
+                )
+        last.communicate()
 
     def finish(self) -> list[str]:
         """Waits for all; their outputs. Raises RuntimeError if one failed."""

@@ -206,7 +206,7 @@ def test_dead_engine_is_an_engine_lost(tmp_path):
 
 def test_shared_memory_that_nobody_maps_is_removed():
     """What is left when an engine dies while starting. Only that which is old and not in use."""
-    paths = [Path("/dev/shm") / f"ViZDoomMQCtrtest{k}" for k in range(3)]
+    paths = [Path("/dev/shm") / f"ViZDoomMQCtrtest{os.getpid()}-{k}" for k in range(3)]
     try:
         for path in paths:
             path.write_bytes(b"x" * 4096)

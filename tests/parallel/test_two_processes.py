@@ -1,11 +1,13 @@
 """A job of two real processes (jax.distributed, gloo): same losses as one, shared checkpoints, a lost peer."""
 
 import os
+import pathlib
 import signal
 import socket
 import subprocess
 import sys
 import time
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -55,12 +57,6 @@ def wait_for_step(run, step: int, processes: list[subprocess.Popen]) -> None:
         time.sleep(0.05)
 
 
-def finish(processes: list[subprocess.Popen]) -> None:
-    for process in processes:
-        _, errors = process.communicate(timeout=600)
-        assert process.returncode == 0, errors[-3000:]
-
-
 def alone(*arguments, devices: int = 1) -> str:
     """Runs a program of `one_process`."""
     flags = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": xla.flags(devices)}
@@ -76,70 +72,71 @@ def alone(*arguments, devices: int = 1) -> str:
     return done.stdout
 
 
+class Harmed(NamedTuple):
+    """How the processes of one run ended, start by start, after what was done to the second."""
+
+    folder: pathlib.Path
+    hangs: list[tuple[int, str, str]]  # exit code, stdout and stderr of each
+    preempted: list[tuple[int, str, str]]
+
+
+def ended(processes: list[subprocess.Popen]) -> list[tuple[int, str, str]]:
+    outputs = [process.communicate(timeout=600) for process in processes]
+    return [(process.returncode, *output) for process, output in zip(processes, outputs, strict=True)]
+
+
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """Data, and a finished run `whole` of two processes."""
+def harmed(tmp_path_factory):
+    """A run `harmed` whose second process stops answering, then is preempted, and which then comes to its end.
+
+    One that is killed, and that the losses are those of a run left alone bit for bit: `tests.test_miniature`.
+    """
     folder = tmp_path_factory.mktemp("two")
     micro.make_data(folder)
-    finish(start(folder, "whole"))
-    return folder
+    processes = start(folder, "harmed")
+    wait_for_step(folder / "harmed", 1, processes)
+    processes[1].send_signal(signal.SIGSTOP)
+    hangs = ended(processes[:1])  # by itself
+    processes[1].kill()
+    processes[1].communicate()
+
+    processes = start(folder, "harmed")
+    wait_for_step(folder / "harmed", 5, processes)
+    processes[1].send_signal(signal.SIGTERM)
+    preempted = ended(processes)
+
+    for code, _, errors in ended(start(folder, "harmed")):
+        assert code == 0, errors[-3000:]
+    return Harmed(folder, hangs, preempted)
 
 
-def test_losses_equal_one_process(folder):
-    alone("alone", folder, "whole")
-    two, one = micro.losses(folder, "whole"), micro.losses(folder, "whole-alone")
+def test_a_process_that_hangs_ends_the_other(harmed):
+    """With JAX's message, and no dump of threads after it."""
+    ((code, _, errors),) = harmed.hangs
+    assert code == -signal.SIGABRT, errors[-3000:]
+    assert "This most likely indicates that another task died" in errors, errors[:3000]
+    assert "most recent call first" not in errors
+
+
+def test_preemption_of_one_process_stops_both_at_the_same_step(harmed):
+    assert [code for code, *_ in harmed.preempted] == [multihost.PREEMPTED] * 2, harmed.preempted
+    stopped = {
+        line for _, out, _ in harmed.preempted for line in out.splitlines() if "stopped by a signal" in line
+    }
+    assert len(stopped) == 1, stopped
+
+
+def test_losses_equal_one_process(harmed):
+    alone("alone", harmed.folder, "harmed")
+    two, one = micro.losses(harmed.folder, "harmed"), micro.losses(harmed.folder, "harmed-alone")
     assert sorted(two) == list(range(1, STEPS + 1))
     # Sums in another order drift apart slowly; the first steps show that data, noise and updates are the same.
     np.testing.assert_allclose([two[s] for s in range(1, 7)], [one[s] for s in range(1, 7)], rtol=1e-5)
     np.testing.assert_allclose(list(two.values()), list(one.values()), rtol=1e-3)
 
 
-def test_checkpoint_is_restored_on_one_and_on_four_devices(folder):
-    assert "restored" in alone("restore", folder, "whole", devices=4)
-
-
-def test_a_killed_process_ends_the_other_and_the_run_resumes(folder):
-    processes = start(folder, "killed")
-    wait_for_step(folder / "killed", 5, processes)
-    processes[1].send_signal(signal.SIGKILL)
-    _, errors = processes[0].communicate(timeout=600)  # it ends by itself
-    if processes[0].returncode == -signal.SIGABRT:  # it was not in a collective
-        assert_aborted(errors)
-    else:
-        assert processes[0].returncode == multihost.LOST, errors[-3000:]
-        assert "error: process 0 of 2: another process was lost" in errors
-        assert "run the same command again" in errors
-    processes[1].communicate()
-
-    finish(start(folder, "killed"))
-    assert micro.losses(folder, "killed") == micro.losses(folder, "whole")
-
-
-def test_a_process_that_hangs_ends_the_other(folder):
-    processes = start(folder, "hangs")
-    wait_for_step(folder / "hangs", 1, processes)
-    processes[1].send_signal(signal.SIGSTOP)
-    _, errors = processes[0].communicate(timeout=600)
-    assert processes[0].returncode == -signal.SIGABRT, errors[-3000:]
-    assert_aborted(errors)
-    processes[1].kill()
-    processes[1].communicate()
-
-
-def assert_aborted(errors: str) -> None:
-    """JAX's message, and no dump of threads after it."""
-    assert "This most likely indicates that another task died" in errors, errors[:3000]
-    assert "most recent call first" not in errors
-
-
-def test_preemption_of_one_process_stops_both_at_the_same_step(folder):
-    processes = start(folder, "preempted", steps=100000)
-    wait_for_step(folder / "preempted", 5, processes)
-    processes[1].send_signal(signal.SIGTERM)
-    outputs = [process.communicate(timeout=600)[0] for process in processes]
-    assert [process.returncode for process in processes] == [multihost.PREEMPTED] * 2
-    stopped = {line for output in outputs for line in output.splitlines() if "stopped by a signal" in line}
-    assert len(stopped) == 1, stopped
+def test_checkpoint_is_restored_on_one_and_on_four_devices(harmed):
+    assert "restored" in alone("restore", harmed.folder, "harmed", devices=4)
 
 
 def test_wrong_numbers_are_refused():
@@ -149,12 +146,11 @@ def test_wrong_numbers_are_refused():
         multihost.initialize("127.0.0.1:1", 2, 2)
 
 
-def test_a_mistake_of_the_user_is_one_line_and_code_2_everywhere(folder):
+def test_a_mistake_of_the_user_is_one_line_and_code_2_everywhere(harmed):
     """N5: it never looks like a lost host, on which schedulers start again for ever."""
-    processes = start(folder, "mistaken", codec=str(folder / "nowhere"))
-    for process in processes:
-        _, errors = process.communicate(timeout=600)
-        assert process.returncode == 2, errors[-3000:]
+    processes = start(harmed.folder, "mistaken", codec=str(harmed.folder / "nowhere"))
+    for code, _, errors in ended(processes):
+        assert code == 2, errors[-3000:]
         last = errors.strip().splitlines()[-1]
         assert last.startswith("error: --config.codec = ") and "neither a run" in last, errors[-3000:]
-    assert not (folder / "mistaken").exists()
+    assert not (harmed.folder / "mistaken").exists()
