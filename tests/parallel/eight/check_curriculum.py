@@ -11,7 +11,7 @@ from tests.training import micro
 def test_the_state_moves_from_mesh_to_mesh(tmp_path):
     micro.make_data(tmp_path)
     phase = lambda end, *mesh: Phase(end_step=end, batch=8, mesh=micro.mesh(*mesh))
-    stays = micro.config(tmp_path, "stays", steps=5, curriculum=(phase(5, 8, 1, 1),))
+    stays = micro.config(tmp_path, "stays", steps=5, curriculum=(phase(2, 8, 1, 1), phase(5, 8, 1, 1)))
     moves = dataclasses.replace(
         stays,
         run=str(tmp_path / "moves"),
