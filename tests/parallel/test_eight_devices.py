@@ -1,12 +1,15 @@
-"""Runs the checks of `eight/` in a process of their own with eight virtual CPU devices.
+"""Runs the checks of `eight/` in one process of their own with eight virtual CPU devices.
 
-The number of devices is fixed when JAX starts, and the other tests want one.
+The number of devices is fixed when JAX starts, and the other tests want one. One check alone:
+
+    XLA_FLAGS=--xla_force_host_platform_device_count=8 python -m pytest tests/parallel/eight/check_step.py
 """
 
 import os
 import pathlib
 import subprocess
 import sys
+from xml.etree import ElementTree
 
 import pytest
 
@@ -14,17 +17,31 @@ from tests import xla
 
 pytestmark = pytest.mark.long
 
-FOLDER = pathlib.Path(__file__).parent / "eight"
+FILES = sorted((pathlib.Path(__file__).parent / "eight").glob("check_*.py"))
 
 
-@pytest.mark.parametrize("path", sorted(FOLDER.glob("check_*.py")), ids=lambda p: p.stem)
-def test_on_eight_devices(path):
+@pytest.fixture(scope="module")
+def report(tmp_path_factory):
+    """What became of every check, and the end of what the process said."""
+    path = tmp_path_factory.mktemp("eight") / "report.xml"
+    command = [sys.executable, "-m", "pytest", "-o", "python_files=check_*.py", f"--junitxml={path}"]
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-o", "python_files=check_*.py", "--durations=3", str(path)],
+        [*command, *map(str, FILES)],
         env=os.environ | {"XLA_FLAGS": xla.flags(8), "JAX_PLATFORMS": "cpu"},
         capture_output=True,
         text=True,
-        timeout=600,
+        timeout=1800,
     )
-    assert done.returncode == 0, f"{path.name} on eight devices:\n{done.stdout[-6000:]}{done.stderr[-2000:]}"
-    assert " passed" in done.stdout and "skipped" not in done.stdout
+    said = f"{done.stdout[-6000:]}{done.stderr[-2000:]}"
+    assert path.exists(), f"on eight devices the process ended with {done.returncode}:\n{said}"
+    return list(ElementTree.parse(path).iter("testcase")), said
+
+
+@pytest.mark.parametrize("name", [path.stem for path in FILES])
+def test_on_eight_devices(report, name):
+    cases, said = report
+    found = [case for case in cases if name in case.get("classname").split(".")]
+    assert found, f"{name} did not run:\n{said}"
+    for case in found:
+        bad = [part.get("message") + "\n" + (part.text or "") for part in case if part.tag != "properties"]
+        assert not bad, f"{name}: {case.get('name')} on eight devices: {bad[0][-6000:]}"
