@@ -15,6 +15,7 @@ CORE = [
     "orbax-checkpoint>=0.12.8,<0.13",
     "pillow>=12",
     "psutil>=7.2",
+    "pyyaml>=6.0.3",
     "pydantic>=2.12,<3",
     "rich>=15",
     "safetensors>=0.8",
