@@ -44,6 +44,7 @@ EVAL = ["matplotlib>=3.10"]
 CONVERT = ["torch>=2.13", "diffusers>=0.38", "transformers>=5"]
 TEXT = ["ftfy>=6.3", "tokenizers>=0.22"]
 GCS = ["gcsfs>=2026.3"]  # runs, data and bundles in gs://
+WANDB = ["wandb>=0.31,<1"]
 TEST = [
     *GCS,
     "beartype>=0.22",
@@ -70,8 +71,10 @@ setup(
         "browser": BROWSER,
         "eval": EVAL,
         "gcs": GCS,
+        "wandb": WANDB,
         "convert": CONVERT,
         "test": TEST,
         "dev": DEV,
+        "lock": ["uv>=0.13,<1"],  # make lock
     },
 )
