@@ -157,16 +157,13 @@ def jobset(launch: LaunchConfig, run: TrainConfig, given: Sequence[str]) -> dict
         "name": "train",
         "image": launch.image,
         "args": train_arguments(launch, run, given),  # the image's entry point is tini -- python -m
-        "env": [
-            {
-                "name": "WANDB_API_KEY",
-                "valueFrom": {"secretKeyRef": {"name": "wandb", "key": "api-key", "optional": True}},
-            }
-        ],
         # The device files of the TPUs belong to root, and the buffers that they share with a host are locked memory.
         "securityContext": {"runAsUser": 0, "capabilities": {"add": ["SYS_RESOURCE"]}},
         "resources": {"limits": {"google.com/tpu": HOST_CHIPS}},
     }
+    if run.wandb.project is not None:
+        secret = {"secretKeyRef": {"name": "wandb", "key": "api-key"}}
+        container["env"] = [{"name": "WANDB_API_KEY", "valueFrom": secret}]
     selector = {
         "cloud.google.com/gke-tpu-accelerator": launch.offer.label,
         "cloud.google.com/gke-tpu-topology": launch.shape,

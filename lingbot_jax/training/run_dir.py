@@ -33,6 +33,7 @@ MAY_CHANGE = (
     "run",  # where it lies
     "steps",  # but see `_check_decay`
     "log_every",
+    "wandb",
     "checkpoint",
     "validation",
     "watchdog",
