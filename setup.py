@@ -49,6 +49,7 @@ TEST = [
     *GCS,
     "beartype>=0.22",
     "gcp-storage-emulator>=2026.7",
+    "huggingface-hub>=2.4,<3",
     "hypothesis>=6.150",
     "pytest>=9",
     "pytest-xdist>=3.8",

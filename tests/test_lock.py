@@ -1,4 +1,4 @@
-"""The lock files of requirements/ against setup.py, so that neither changes without the other (make lock)."""
+"""The lock files of requirements/ and CITATION.cff against setup.py, so that none changes without the other."""
 
 import pathlib
 import re
@@ -7,6 +7,7 @@ import sys
 import types
 
 import pytest
+import yaml
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
@@ -56,3 +57,8 @@ def test_there_is_one_for_every_python(project):
     assert found == {"3.11", "3.12", "3.13"} and all(supported.contains(version) for version in found)
     default = re.search(r"^ARG PYTHON=(.+)$", (ROOT / "Dockerfile").read_text(), re.M)
     assert default[1] in found
+
+
+def test_the_citation_is_of_this_version(project):
+    cited = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert (cited["version"], cited["license"]) == (project["version"], project["license"])
