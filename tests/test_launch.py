@@ -49,7 +49,7 @@ def run() -> TrainConfig:
 
 @pytest.fixture(scope="module")
 def manifest(run) -> dict:
-    return jobset(launch(slices=2, spot=True, service_account="trainer"), run, GIVEN)
+    return jobset(launch(slices=2, spot=True), run, GIVEN)
 
 
 def test_a_jobset_has_a_job_per_slice_and_a_pod_per_host(manifest):
@@ -59,8 +59,19 @@ def test_a_jobset_has_a_job_per_slice_and_a_pod_per_host(manifest):
     assert pod["nodeSelector"]["cloud.google.com/gke-tpu-accelerator"] == "tpu-v5p-slice"
     assert pod["nodeSelector"]["cloud.google.com/gke-tpu-topology"] == "4x4x4"
     assert pod["containers"][0]["resources"]["limits"] == {"google.com/tpu": 4}
-    assert pod["terminationGracePeriodSeconds"] == 601 and pod["serviceAccountName"] == "trainer"
-    assert len(node_pools(launch(slices=2))) == 2 and "--num-nodes=16" in node_pools(launch())[0]
+    assert pod["terminationGracePeriodSeconds"] == 601
+
+
+def test_node_pools_are_slices():
+    first, second = node_pools(launch(slices=2, spot=True, service_account="trainer"))
+    assert (
+        first.replace("create lingbot-0", "create lingbot-1") == second
+        and "--service-account=trainer" in first
+    )
+    assert "--machine-type=ct5p-hightpu-4t --num-nodes=16 --tpu-topology=4x4x4" in first and "--spot" in first
+    policy, pool = node_pools(launch("tpu7x:2x2x2"))
+    assert "workload-policy lingbot-2x2x2" in policy and "--accelerator-topology=2x2x2" in policy
+    assert "--placement-policy=lingbot-2x2x2" in pool and "--tpu-topology" not in pool
 
 
 # Outside of the Job, which tests/browser compares with the schema of Kubernetes: fields of JobSet v1alpha2 by their

@@ -68,7 +68,8 @@ class LaunchConfig:
     name: Annotated[str, Field(pattern=NAME)] = Field("lingbot", description="of the JobSet, or of the VMs")
     namespace: Annotated[str, Field(pattern=NAME)] = Field("default", description="jobset: of Kubernetes")
     service_account: Annotated[str, Field(pattern=r"^[0-9A-Za-z_.@-]+$", max_length=253)] | None = Field(
-        None, description="that may read and write the bucket: of Kubernetes, or of Google Cloud (tpu_vm)"
+        None,
+        description="Google service account of the nodes, that may read and write the bucket; None: the default",
     )
     bucket: Path | None = Field(
         None,
@@ -171,13 +172,11 @@ def jobset(launch: LaunchConfig, run: TrainConfig, given: Sequence[str]) -> dict
     pod: dict[str, Any] = {
         "restartPolicy": "Never",  # of a container alone: its peers would wait for it in vain
         "terminationGracePeriodSeconds": math.ceil(run.checkpoint.grace_seconds),
-        "hostNetwork": True,  # between slices everything goes through the hosts' network
+        "hostNetwork": True,  # between slices all goes through it; and the pods act as their nodes' account
         "dnsPolicy": "ClusterFirstWithHostNet",
         "nodeSelector": selector,
         "containers": [container],
     }
-    if launch.service_account is not None:
-        pod["serviceAccountName"] = launch.service_account
     if launch.spot:
         spot = "cloud.google.com/gke-spot"
         selector[spot] = "true"
@@ -213,14 +212,21 @@ def jobset(launch: LaunchConfig, run: TrainConfig, given: Sequence[str]) -> dict
 
 def node_pools(launch: LaunchConfig) -> list[str]:
     """The commands that add the JobSet's node pools to a cluster: one for each slice."""
-    spot = ["--spot"] if launch.spot else []
-    words = ["--cluster=CLUSTER", "--location=LOCATION", "--node-locations=ZONE"]
-    words += [f"--machine-type={launch.offer.machine}", f"--tpu-topology={launch.shape}"]
+    policy, commands = f"{launch.name}-{launch.shape}", []
+    words = ["--cluster=CLUSTER", "--location=REGION", "--node-locations=ZONE", "--scopes=cloud-platform"]
+    words += [f"--machine-type={launch.offer.machine}", f"--num-nodes={launch.hosts}"]
+    if launch.topology.startswith("tpu7x") and launch.hosts > 1:  # the policy has the topology
+        create = ["gcloud", "compute", "resource-policies", "create", "workload-policy", policy]
+        shape = f"--accelerator-topology={launch.shape}"
+        commands.append(shlex.join([*create, "--type=HIGH_THROUGHPUT", shape, "--region=REGION"]))
+        words.append(f"--placement-policy={policy}")
+    else:
+        words.append(f"--tpu-topology={launch.shape}")
+    if launch.service_account is not None:
+        words.append(f"--service-account={launch.service_account}")
+    words += ["--spot"] if launch.spot else []
     create = ["gcloud", "container", "node-pools", "create"]
-    return [
-        shlex.join([*create, f"{launch.name}-{i}", *words, f"--num-nodes={launch.hosts}", *spot])
-        for i in range(launch.slices)
-    ]
+    return commands + [shlex.join([*create, f"{launch.name}-{i}", *words]) for i in range(launch.slices)]
 
 
 def tpu_vm(launch: LaunchConfig, run: TrainConfig, given: Sequence[str]) -> list[str]:
