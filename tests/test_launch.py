@@ -1,6 +1,8 @@
 """Manifests and commands that start a run on rented TPUs: shapes of slices, words of the command, what restarts."""
 
 import os
+import pathlib
+import re
 import shlex
 import subprocess
 
@@ -8,14 +10,17 @@ import pytest
 from absl import flags
 from ml_collections import config_flags
 
+from experiments import common
 from experiments.launch import config_words
 from lingbot_jax.config import ConfigError, build
 from lingbot_jax.parallel import multihost
-from lingbot_jax.planning.launch import LaunchConfig, jobset, node_pools, tpu_vm, train_arguments
+from lingbot_jax.planning.launch import LaunchConfig, check_fit, jobset, node_pools, tpu_vm, train_arguments
 from lingbot_jax.training.config import TrainConfig
 
+ROOT = pathlib.Path(__file__).parents[1]
 IMAGE = "us-docker.pkg.dev/mine/train/lingbot:1"
 GIVEN = ["--config=experiments/configs/w14b.py:world", "--config.checkpoint.grace_seconds=600.5"]
+GIVEN += ["--config.curriculum=()", "--config.data.batch=128", "--config.mesh.data=2"]  # for two slices
 # A config file of which a phase has data sets of its own.
 LONGER = """
 from experiments.configs import w14b
@@ -138,14 +143,15 @@ def test_hosts_are_those_that_libtpu_counts(topology):
     pytest.importorskip("libtpu", reason="no libtpu")
     from lingbot_jax.planning.programs import topology_devices
 
-    assert launch(topology).hosts == len({device.process_index for device in topology_devices(topology)})
+    devices, made = topology_devices(topology), launch(topology)
+    assert (made.hosts, made.devices) == (len({d.process_index for d in devices}), len(devices))
 
 
 def test_tpu_vms_of_several_slices(run):
     create, _, start, _ = tpu_vm(launch(kind="tpu_vm", zone="us-east5-a", slices=2), run, GIVEN)
     assert "--type=v5p --topology=4x4x4" in create and "--node-count=2 --node-prefix=lingbot" in create
     assert {"--node=all", "--worker=all"} <= set(shlex.split(start))
-    create, *_ = tpu_vm(launch("v6e:8x8", kind="tpu_vm", zone="us-east5-a"), run, GIVEN)
+    create, *_ = tpu_vm(launch("v6e:8x8", kind="tpu_vm", zone="us-east5-a"), parsed(GIVEN[:1]), GIVEN[:1])
     assert "--accelerator-type=v6e-64" in create and "--node-id=lingbot" in create
 
 
@@ -189,6 +195,29 @@ def test_wrong_fields_are_named(fields, said):
         launch(**fields)
 
 
+@pytest.mark.parametrize(
+    "topology, slices, said",
+    [
+        ("v5p:4x4x4", 1, None),
+        ("v5p:4x4x4", 2, "config.curriculum[0].mesh.data = 1: must be a multiple of 2 slices"),
+        (
+            "v5p:4x4x8",
+            1,
+            "config.curriculum[0].batch = 64: must be a multiple of data x fsdp = 128 on 128 devices",
+        ),
+        ("tpu7x:4x4x4", 1, "config.curriculum[0].batch = 64: must be a multiple of data x fsdp = 128 on 128"),
+        ("v6e:2x2", 1, "config.mesh = (1, -1, 8): product 8 must divide the 4 devices"),
+    ],
+)
+def test_what_does_not_fit_is_found_before_renting(topology, slices, said):
+    shipped = parsed(GIVEN[:1])
+    if said is None:
+        check_fit(launch(topology, slices=slices), shipped)
+        return
+    with pytest.raises(ConfigError, match=re.escape(said)):
+        check_fit(launch(topology, slices=slices), shipped)
+
+
 def test_what_a_pod_would_lose_or_lack_is_refused(run):
     with pytest.raises(ConfigError, match="config.run = .*: a pod's disk goes with it"):
         train_arguments(launch(bucket=None), run, GIVEN)
@@ -203,3 +232,20 @@ def test_words_of_the_config_are_found_whole():
     ]
     with pytest.raises(Exception, match="--config.x: write it as --config.x=VALUE, one word"):
         config_words(["--config.x", "1"])
+
+
+def test_the_commands_of_the_docs_are_accepted():
+    text = (ROOT / "docs" / "pods.md").read_text().replace("\\\n", " ")
+    named = dict(re.findall(r"(\b[A-Z]+)=(\S+)", text.partition("## 2a")[0]))
+    commands = [line for line in text.splitlines() if line.startswith("python -m experiments.launch")]
+    assert len(commands) == 2
+    for command in commands:
+        for _ in range(2):  # names whose values have names
+            command = re.sub(r"\$([A-Z]+)", lambda m: named[m[1]], command)
+        words = shlex.split(command.partition(" > ")[0])[3:]
+        values = flags.FlagValues()
+        common.define_fields(LaunchConfig, values)
+        values(["launch", *(word for word in words if not word.startswith("--config"))])
+        made, given = common.read_fields(LaunchConfig, values), config_words(words)
+        render = jobset if made.kind == "jobset" else tpu_vm
+        assert "us-east5-docker.pkg.dev/mine/train/lingbot:1" in str(render(made, parsed(given), given))

@@ -33,21 +33,23 @@ class Offer:
 
     Attributes:
       label: the node label cloud.google.com/gke-tpu-accelerator. machine: type of a GKE node of 4 chips.
-      sizes: dimensions of a topology. vm: type of a TPU VM, runtime: its software; None: GKE alone has it.
+      sizes: dimensions of a topology. devices: of JAX, in a chip.
+      vm: type of a TPU VM, runtime: its software; None: GKE alone has it.
     """
 
     label: str
     machine: str
     sizes: int
+    devices: int
     vm: str | None
     runtime: str | None
 
 
 OFFERS = {
-    "v5e": Offer("tpu-v5-lite-podslice", "ct5lp-hightpu-4t", 2, "v5litepod", "v2-alpha-tpuv5-lite"),
-    "v5p": Offer("tpu-v5p-slice", "ct5p-hightpu-4t", 3, "v5p", "v2-alpha-tpuv5"),
-    "v6e": Offer("tpu-v6e-slice", "ct6e-standard-4t", 2, "v6e", "v2-alpha-tpuv6e"),
-    "tpu7x": Offer("tpu7x", "tpu7x-standard-4t", 3, None, None),
+    "v5e": Offer("tpu-v5-lite-podslice", "ct5lp-hightpu-4t", 2, 1, "v5litepod", "v2-alpha-tpuv5-lite"),
+    "v5p": Offer("tpu-v5p-slice", "ct5p-hightpu-4t", 3, 1, "v5p", "v2-alpha-tpuv5"),
+    "v6e": Offer("tpu-v6e-slice", "ct6e-standard-4t", 2, 1, "v6e", "v2-alpha-tpuv6e"),
+    "tpu7x": Offer("tpu7x", "tpu7x-standard-4t", 3, 2, None, None),
 }
 
 
@@ -105,6 +107,11 @@ class LaunchConfig:
         return math.prod(dimensions(self.topology)) // HOST_CHIPS
 
     @property
+    def devices(self) -> int:
+        """Of all slices, as JAX counts them."""
+        return self.slices * self.hosts * HOST_CHIPS * self.offer.devices
+
+    @property
     def shape(self) -> str:
         return self.topology.partition(":")[2]
 
@@ -123,12 +130,26 @@ def dimensions(topology: str) -> tuple[int, ...]:
     return found
 
 
+def check_fit(launch: LaunchConfig, run: TrainConfig) -> None:
+    """Raises ConfigError, as every process would at its start: a phase's mesh or batch does not fit the devices."""
+    for index, phase in enumerate(run.phases()):
+        where = f"config.curriculum[{index}]." if run.curriculum else "config."
+        mesh = phase.mesh.resolve(launch.devices)
+        fits = f"must be a multiple of {launch.slices} slices"
+        require(mesh.data % launch.slices == 0, f"{where}mesh.data", mesh.data, fits)
+        rows, batch = mesh.data * mesh.fsdp, phase.data.batch
+        fits = f"must be a multiple of data x fsdp = {rows} on {launch.devices} devices"
+        require(batch % rows == 0, f"{where}batch" if run.curriculum else "config.data.batch", batch, fits)
+
+
 def train_arguments(launch: LaunchConfig, run: TrainConfig, given: Sequence[str]) -> list[str]:
     """What `experiments.train` is called with: the words `--config...` as given, and paths that are in the bucket.
 
     Raises:
-      ConfigError: the config file is outside the image, or the run would be on the disk of a machine that is lent.
+      ConfigError: the config file is outside the image, the config does not fit the devices, or the run would be on
+        the disk of a machine that is lent.
     """
+    check_fit(launch, run)
     file = next((word for word in given if word.startswith("--config=")), "--config=")[len("--config=") :]
     within = not file.startswith("/") and ".." not in file
     require(within, "config", file, "must be a file of this repository, as the image has it: a relative path")
@@ -163,7 +184,7 @@ def jobset(launch: LaunchConfig, run: TrainConfig, given: Sequence[str]) -> dict
         "resources": {"limits": {"google.com/tpu": HOST_CHIPS}},
     }
     if run.wandb.project is not None:
-        secret = {"secretKeyRef": {"name": "wandb", "key": "api-key"}}
+        secret = {"secretKeyRef": {"name": "wandb", "key": "api-key", "optional": True}}
         container["env"] = [{"name": "WANDB_API_KEY", "valueFrom": secret}]
     selector = {
         "cloud.google.com/gke-tpu-accelerator": launch.offer.label,

@@ -44,7 +44,7 @@ def test_a_wrong_example_is_not_accepted():
 def test_kubernetes_accepts_the_job_of_a_launch():
     """The Job inside a JobSet; there is no schema of JobSet itself, whose fields tests/test_launch.py compares."""
     run = build(TrainConfig, w14b.get_config("world").to_dict())
-    launch = LaunchConfig("v5p:4x4x4", "lingbot:1", bucket="gs://b", slices=2, spot=True)
+    launch = LaunchConfig("v5p:4x4x4", "lingbot:1", bucket="gs://b", spot=True)
     (slices,) = jobset(launch, run, ["--config=experiments/configs/w14b.py:world"])["spec"]["replicatedJobs"]
     job = {"apiVersion": "batch/v1", "kind": "Job", "metadata": {"name": "slice"}, **slices["template"]}
     validate.validate(job, "1.34", strict=True)
