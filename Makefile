@@ -19,7 +19,7 @@ SHORT_DEMO = --root=runs/short --set=collect.clips=128 --set=codec.steps=20 --se
   --set=causal.steps=10 --set=distill.steps=6 --set=collect_long.held_out=8 --set=compare.clips=2 --set=compare.plays=1 \
   --set=compare.shown=1 --set=compare.found=6
 
-.PHONY: venv play demo demo-short test test-short test-parity test-browser lint bench clean
+.PHONY: venv play demo demo-short test test-short test-parity test-browser lint bench lock clean
 
 # One stamp per Python and set of extras: another Python or a change of setup.py installs again.
 $(MADE).stamp:
@@ -90,6 +90,16 @@ else
 test-parity bench:
 	$(MAKE) $@ PYTHON=python3.11 VENV=$(PEERS) ARGS="$(ARGS)"
 endif
+
+# What the Dockerfile installs, with hashes, for every Python; pins that still fit stay, with ARGS=--upgrade none.
+LOCKED = tpu data eval gcs wandb
+lock: $(MADE).stamp
+	$(PIP) -e ".[lock]"
+	for python in 3.11 3.12 3.13; do \
+	  $(BIN)/uv pip compile setup.py $(addprefix --extra=,$(LOCKED)) --python-version=$$python \
+	    --python-platform=x86_64-manylinux_2_31 --generate-hashes --no-annotate --quiet \
+	    --custom-compile-command="make lock" --output-file=requirements/pod-$$python.txt $(ARGS) || exit 1; \
+	done
 
 clean:
 	rm -rf $(VENV) $(PEERS) build *.egg-info

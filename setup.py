@@ -15,6 +15,7 @@ CORE = [
     "orbax-checkpoint>=0.12.8,<0.13",
     "pillow>=12",
     "psutil>=7.2",
+    "pyyaml>=6.0.3",
     "pydantic>=2.12,<3",
     "rich>=15",
     "safetensors>=0.8",
@@ -43,10 +44,12 @@ EVAL = ["matplotlib>=3.10"]
 CONVERT = ["torch>=2.13", "diffusers>=0.38", "transformers>=5"]
 TEXT = ["ftfy>=6.3", "tokenizers>=0.22"]
 GCS = ["gcsfs>=2026.3"]  # runs, data and bundles in gs://
+WANDB = ["wandb>=0.31,<1"]
 TEST = [
     *GCS,
     "beartype>=0.22",
     "gcp-storage-emulator>=2026.7",
+    "huggingface-hub>=2.4,<3",
     "hypothesis>=6.150",
     "pytest>=9",
     "pytest-xdist>=3.8",
@@ -69,8 +72,10 @@ setup(
         "browser": BROWSER,
         "eval": EVAL,
         "gcs": GCS,
+        "wandb": WANDB,
         "convert": CONVERT,
         "test": TEST,
         "dev": DEV,
+        "lock": ["uv>=0.13,<1"],  # make lock
     },
 )

@@ -6,7 +6,7 @@
     python -m experiments.convert --source=bundles/mine --out=exported --to=published
     python -m experiments.convert --source=ANYTHING --inspect
 
-Formats, downloads and memory: docs/convert.md.
+What is written has a card (README.md), for the Hugging Face Hub too. Formats, downloads and memory: docs/convert.md.
 """
 
 from absl import flags, logging
@@ -23,6 +23,7 @@ from rich.progress import (
 from experiments import common
 from lingbot_jax.control.plucker import CONTROL_CHANNELS
 from lingbot_jax.convert import contents, pictures, presets, report, write
+from lingbot_jax.convert.card import model_card
 from lingbot_jax.worlds.manifest import Starts
 
 _SOURCE = flags.DEFINE_string(
@@ -60,6 +61,11 @@ _PRESET = flags.DEFINE_enum(
     list(presets.PRESETS),
     "how a checkpoint folder's world is sampled; default: by its layout",
 )
+_LICENSE = flags.DEFINE_string(
+    "license",
+    None,
+    "for the card, as the Hub names it: apache-2.0, cc-by-nc-4.0; default: that of the source's card",
+)
 _INSPECT = flags.DEFINE_bool("inspect", False, "check everything, say what there is, write nothing")
 flags.DEFINE_alias("dry_run", "inspect")
 
@@ -85,12 +91,13 @@ def main() -> None:
         print(f"pictures: {len(starts.pictures)} to start from")
     if _INSPECT.value:
         return
+    written = model_card(found, _OUT.value, dtype, _LICENSE.value, published=not to_bundle)
     with _progress() as progress:
         sizes = {part.name: write.nbytes(write.cast(part, dtype).specs) for part in found.parts}
         if to_bundle:
-            write.to_bundle(found, _OUT.value, dtype, _ticker(progress, sizes), starts)
+            write.to_bundle(found, _OUT.value, dtype, _ticker(progress, sizes), starts, written)
         else:
-            write.to_published(found, _OUT.value, dtype, _ticker(progress, sizes))
+            write.to_published(found, _OUT.value, dtype, _ticker(progress, sizes), written)
     print(f"wrote {_OUT.value}")
 
 

@@ -16,7 +16,7 @@ SOURCES = sorted(p for package in PACKAGES for p in (ROOT / package).rglob("*.py
 
 # The house from the ground up: a package imports from its own floor and those below.
 FLOORS = (
-    ("kernels_pallas", "lingbot_jax.config", "lingbot_jax.files", "lingbot_jax.axes"),
+    ("kernels_pallas", "lingbot_jax.config", "lingbot_jax.files", "lingbot_jax.axes", "lingbot_jax.cards"),
     ("lingbot_jax.control", "lingbot_jax.parallel", "lingbot_jax.compilation"),
     ("lingbot_jax.data",),
     ("lingbot_jax.engine",),

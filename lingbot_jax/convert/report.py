@@ -27,7 +27,7 @@ def describe(contents: Contents, dtype: StoredDtype = "keep") -> list[str]:
         lines.append(f"{part.name}: {sizes(part.config)}; {_arrays(part, dtype)}")
     if isinstance(contents.config.text, NgramConfig):
         lines.append(f"text: {sizes(contents.config.text)}")
-    lines += _sampling(contents.config)
+    lines += sampling(contents.config)
     parts = [cast(part, dtype) for part in contents.parts]
     total = amount(sum(map(parameters, parts)))
     lines.append(f"total: {total} parameters, {amount(sum(nbytes(p.specs) for p in parts), 'B')} to write")
@@ -78,7 +78,7 @@ def sizes(config: DiTConfig | CodecConfig | NgramConfig | UMT5Config) -> str:
     return f"{kind}, {config.channels} channels, stride {' x '.join(map(str, config.stride))}"
 
 
-def _sampling(config: WorldConfig) -> list[str]:
+def sampling(config: WorldConfig) -> list[str]:
     lines = []
     if config.sample is not None:
         sample, guidance = config.sample, config.sample.guidance

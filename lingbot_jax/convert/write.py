@@ -17,6 +17,7 @@ import numpy as np
 from etils import epath
 from safetensors.numpy import save_file
 
+from lingbot_jax.cards import README
 from lingbot_jax.config import ConfigError, require
 from lingbot_jax.convert import names_dit, names_text, names_vae
 from lingbot_jax.convert.contents import Contents, Part, Read
@@ -89,11 +90,13 @@ def to_bundle(
     dtype: StoredDtype = "bfloat16",
     progress: Progress = lambda name, done: None,
     starts: Starts = Starts(),  # noqa: B008 - frozen
+    card: str | None = None,
 ) -> None:
     """Writes a bundle.
 
     Args:
       dtype: of the stored transformers and text encoder. starts: pictures that play can start from.
+      card: its README.md, which may be edited: the manifest does not vouch for it.
 
     Raises:
       ConfigError: tensors do not fit, or one is not finite; or `out` exists, or the disk is too small. Nothing is left
@@ -115,6 +118,8 @@ def to_bundle(
         if contents.tokenizer is not None:
             described[TOKENIZER] = contents.tokenizer.read_bytes()
             (folder / TOKENIZER).write_bytes(described[TOKENIZER])
+        if card is not None:
+            (folder / README).write_text(card)
         manifest.write(folder, described, starts)
         write_bundle_config(folder, contents.config)  # last: it makes the folder a bundle
 
@@ -124,10 +129,14 @@ def to_published(
     out: epath.PathLike,
     dtype: StoredDtype = "keep",
     progress: Progress = lambda name, done: None,
+    card: str | None = None,
 ) -> None:
     """Writes a folder with the published names; safetensors in place of `.pth`.
 
     Sizes of codec and text encoder, which the published layout has no place for, go into their files' metadata.
+
+    Args:
+      card: its README.md.
 
     Raises:
       ConfigError: see `to_bundle`; or the world cannot be said in published terms.
@@ -142,6 +151,8 @@ def to_published(
     written = [(cast(part, dtype), *_published(part, contents)) for part in contents.parts]
     with whole_folder(out, sum(nbytes(part.specs) for part, *_ in written)) as target:
         folder = pathlib.Path(target)
+        if card is not None:
+            (folder / README).write_text(card)
         for part, place, table, values in written:
             tick = lambda done, name=part.name: progress(name, done)
             if isinstance(part.config, DiTConfig):

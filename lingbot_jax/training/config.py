@@ -23,6 +23,7 @@ from lingbot_jax.data.config import DataConfig, MixtureConfig
 from lingbot_jax.models.config import DiTConfig
 from lingbot_jax.parallel.mesh import MeshConfig
 from lingbot_jax.training.post_training import DistillConfig, ForcingConfig
+from lingbot_jax.training.wandb_run import WandbConfig
 from lingbot_jax.worlds.config import EXPERTS, WorldConfig, pixels_per_token
 
 Stage = Literal["world", "action", "causal", "distill"]
@@ -187,6 +188,7 @@ class TrainConfig:
     mesh: MeshConfig = Field(MeshConfig(), description="how the devices share the work")
     curriculum: tuple[Phase, ...] = Field((), description="phases by step; empty: one, of the fields above")
     log_every: PositiveInt = Field(10, description="steps between lines of metrics.jsonl")
+    wandb: WandbConfig = Field(WandbConfig(), description="metrics in Weights & Biases too")
 
     def __post_init__(self):
         parts = self.optimizer.grad_accum_steps

@@ -27,6 +27,7 @@ from lingbot_jax.training.saving import Saving
 from lingbot_jax.training.start import fresh_state, objective_of, resolve
 from lingbot_jax.training.state import TrainState, abstract_state
 from lingbot_jax.training.step import Program, encode_program, make_step, networks_of, update_counts
+from lingbot_jax.training.wandb_run import open_wandb
 from lingbot_jax.training.watchdog import bounded
 from lingbot_jax.worlds.checkpoints import Checkpoints
 from lingbot_jax.worlds.clips import prepare
@@ -58,6 +59,7 @@ def train(config: TrainConfig, evaluate: Evaluate | None = None, profile: str = 
     with multihost.agree_on_errors():
         config = resolve(config)
         config.check_crops()
+        config.wandb.check()
         data = [Dataset(phase.data) for phase in config.phases()]
         meshes = [make_mesh(phase.mesh) for phase in config.phases()]
         for phase, mesh in zip(config.phases(), meshes, strict=True):
@@ -74,7 +76,11 @@ def train(config: TrainConfig, evaluate: Evaluate | None = None, profile: str = 
         state = fresh_state(config, meshes[0], objective) if restored is None else TrainState(**restored)
         start = int(state.step)
         saving = Saving(config.checkpoint, start)
-        writer = MetricsWriter(config.run, start) if jax.process_index() == 0 else None
+        writer = None
+        with multihost.agree_on_errors():
+            if jax.process_index() == 0:
+                wandb = open_wandb(config.run, config.wandb, dataclasses.asdict(config))
+                writer = MetricsWriter(config.run, start, wandb)
 
         # --- Loop. The loss of a step is read while the next one runs; a checkpoint waits for its own.
         phase: _Phase | None = None

@@ -1,4 +1,4 @@
-"""Metrics of a run: metrics.jsonl, TensorBoard, and a progress line. Nothing of it is needed to resume the run."""
+"""Metrics of a run: metrics.jsonl, TensorBoard, W&B, a progress line. Nothing of it is needed to resume the run."""
 
 import contextlib
 import io
@@ -20,6 +20,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from lingbot_jax.config import ConfigError
 from lingbot_jax.files import is_remote, write_whole
+from lingbot_jax.training.wandb_run import WandbRun
 from lingbot_jax.worlds import storage
 
 if TYPE_CHECKING:
@@ -87,13 +88,16 @@ class MetricsWriter:
 
     A file of metrics that is damaged is moved aside with a warning, and the run goes on.
 
+    Args:
+      step: the restored one. wandb: what the metrics go to as well, and is closed with this.
+
     Raises:
       ConfigError: the files cannot be written, here or later.
     """
 
-    def __init__(self, run: str | os.PathLike, step: int):
+    def __init__(self, run: str | os.PathLike, step: int, wandb: WandbRun | None = None):
         run = storage.located(run)
-        self._path, self._remote = run / LINES, is_remote(run)
+        self._path, self._remote, self._wandb = run / LINES, is_remote(run), wandb
         lines, wrong = _read(self._path)
         with self._writing():
             if wrong:
@@ -115,9 +119,11 @@ class MetricsWriter:
                     self._upload()
         for name, value in metrics.items():
             self._board.add_scalar(name, value, step)
+        if self._wandb is not None:
+            self._wandb.write(step, metrics)
 
     def videos(self, step: int, videos: Mapping[str, UInt8[np.ndarray, "f h w 3"]]) -> None:
-        """Shows videos in TensorBoard, as moving pictures."""
+        """Shows videos in TensorBoard and W&B, as moving pictures."""
         from tensorboardX.proto.summary_pb2 import Summary
 
         for name, frames in videos.items():
@@ -132,6 +138,8 @@ class MetricsWriter:
             )
             summary = Summary(value=[Summary.Value(tag=name, image=shown)])
             self._board.file_writer.add_summary(summary, step)
+            if self._wandb is not None:
+                self._wandb.video(step, name, data.getvalue())
 
     def close(self) -> None:
         if self._file is not None:
@@ -140,6 +148,8 @@ class MetricsWriter:
             with self._writing():
                 self._upload()
         self._board.close()
+        if self._wandb is not None:
+            self._wandb.close()
 
     def _upload(self) -> None:
         write_whole(self._path, "".join(line + "\n" for line in self._lines))

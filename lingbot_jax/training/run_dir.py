@@ -11,7 +11,7 @@ import dataclasses
 import fnmatch
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -33,6 +33,7 @@ MAY_CHANGE = (
     "run",  # where it lies
     "steps",  # but see `_check_decay`
     "log_every",
+    "wandb",
     "checkpoint",
     "validation",
     "watchdog",
@@ -138,21 +139,26 @@ def load_config(run: str | os.PathLike) -> TrainConfig:
 
 def with_absolute_paths(config: TrainConfig) -> TrainConfig:
     """The config with every path independent of the working directory."""
-    absolute = lambda p: None if p is None else os.fspath(storage.located(p))
+    return with_paths(config, lambda path: os.fspath(storage.located(path)))
+
+
+def with_paths(config: TrainConfig, place: Callable[[str], str]) -> TrainConfig:
+    """The config with `place(path)` for each of its paths."""
+    placed = lambda p: None if p is None else place(p)
     init = None
     if config.init is not None:  # SOURCE, or NAME=SOURCE,...
         parts = [part.rpartition("=") for part in config.init.split(",")]
-        init = ",".join(f"{name}{sign}{absolute(source)}" for name, sign, source in parts)
-    whole = lambda part: dataclasses.replace(part, path=absolute(part.path))
+        init = ",".join(f"{name}{sign}{place(source)}" for name, sign, source in parts)
+    whole = lambda part: dataclasses.replace(part, path=placed(part.path))
     mixed = lambda parts: None if parts is None else tuple(map(whole, parts))
     data = dataclasses.replace(whole(config.data), mixture=mixed(config.data.mixture))
     phases = (dataclasses.replace(whole(phase), mixture=mixed(phase.mixture)) for phase in config.curriculum)
     return dataclasses.replace(
         config,
-        run=absolute(config.run),
-        codec=absolute(config.codec),
+        run=place(config.run),
+        codec=placed(config.codec),
         init=init,
-        teacher=absolute(config.teacher),
+        teacher=placed(config.teacher),
         data=data,
         curriculum=tuple(phases),
     )
@@ -191,21 +197,22 @@ def _phase(config: TrainConfig, step: int) -> tuple[int, TrainConfig]:
 
 def _lasting(config: TrainConfig) -> dict[str, Any]:
     """The fields that define the mathematics, by dotted path."""
-    flat = dict(_flat(dataclasses.asdict(config), ""))
-    flat["optimizer.decay_steps"] = None  # of this `_check_decay` knows
+    found = dict(flat(dataclasses.asdict(config)))
+    found["optimizer.decay_steps"] = None  # of this `_check_decay` knows
     changes = lambda name: any(
         fnmatch.fnmatchcase(name, p) or fnmatch.fnmatchcase(name, f"{p}.*") for p in MAY_CHANGE
     )
-    return {name: value for name, value in flat.items() if not changes(name)}
+    return {name: value for name, value in found.items() if not changes(name)}
 
 
-def _flat(values: Mapping[str, Any], path: str) -> Iterator[tuple[str, Any]]:
+def flat(values: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:
+    """The fields of a config's dictionary, by their paths as flags have them: `curriculum[0].batch`."""
     for name, value in values.items():
         if isinstance(value, Mapping) and value:
-            yield from _flat(value, f"{path}{name}.")
+            yield from flat(value, f"{path}{name}.")
         elif isinstance(value, tuple) and all(isinstance(part, Mapping) for part in value):
             for index, part in enumerate(value):
-                yield from _flat(part, f"{path}{name}[{index}].")
+                yield from flat(part, f"{path}{name}[{index}].")
         else:
             yield f"{path}{name}", value
 

@@ -7,6 +7,11 @@ import subprocess
 
 import pytest
 
+from experiments.configs import w14b
+from lingbot_jax.config import build
+from lingbot_jax.planning.launch import LaunchConfig, jobset
+from lingbot_jax.training.config import TrainConfig
+
 validate = pytest.importorskip("kubernetes_validate")
 yaml = pytest.importorskip("yaml")
 
@@ -34,3 +39,15 @@ def test_a_wrong_example_is_not_accepted():
     deployment["spec"]["replica"] = 3
     with pytest.raises(validate.ValidationError):
         validate.validate(deployment, "1.34", strict=True)
+
+
+def test_kubernetes_accepts_the_job_of_a_launch():
+    """The Job inside a JobSet; there is no schema of JobSet itself, whose fields tests/test_launch.py compares."""
+    run = build(TrainConfig, w14b.get_config("world").to_dict())
+    launch = LaunchConfig("v5p:4x4x4", "lingbot:1", bucket="gs://b", spot=True)
+    (slices,) = jobset(launch, run, ["--config=experiments/configs/w14b.py:world"])["spec"]["replicatedJobs"]
+    job = {"apiVersion": "batch/v1", "kind": "Job", "metadata": {"name": "slice"}, **slices["template"]}
+    validate.validate(job, "1.34", strict=True)
+    job["spec"]["podFailurePolicy"]["rules"][0]["onExitCode"] = {}
+    with pytest.raises(validate.ValidationError):
+        validate.validate(job, "1.34", strict=True)

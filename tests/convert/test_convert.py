@@ -285,11 +285,17 @@ def test_command(folder, tmp_path, capsys):
     flags.FLAGS([*arguments, "--noinspect"])
     cli.main()
     capsys.readouterr()
+    card = (out / "README.md").read_text()
+    (out / "README.md").write_text(f"{card}\nA card may be edited.\n")
     flags.FLAGS(["convert", f"--source={out}", "--inspect"])
     cli.main()
     assert f"{out}: bundle\n" in capsys.readouterr().out
     flags.FLAGS(["convert", f"--source={out}", f"--out={back}", "--to=published", "--noinspect"])
     cli.main()
+    assert (
+        "How to use it" in (out / "README.md").read_text()
+        and "published names" in (back / "README.md").read_text()
+    )
     tensors = load_file(back / "low_noise_model" / "diffusion_pytorch_model.safetensors")
     assert same_bits(tensors, folder[1]["low_noise_model"])
 

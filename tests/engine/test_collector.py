@@ -4,6 +4,7 @@ import dataclasses
 import json
 import mmap
 import os
+import re
 import subprocess
 import sys
 import time
@@ -13,6 +14,7 @@ import cv2
 import numpy as np
 import psutil
 import pytest
+from huggingface_hub import DatasetCard
 
 from lingbot_jax.config import ConfigError
 from lingbot_jax.control.keyboard import integrate
@@ -87,7 +89,7 @@ def clips(out: Path, split: str):
 
 def test_data_set_is_complete(collected):
     names = {p.name for p in collected.iterdir()}
-    assert names == {".lock", "collect.json", "dataset.json", *hashes(collected)}
+    assert names == {".lock", "README.md", "collect.json", "dataset.json", *hashes(collected)}
     described = json.loads((collected / "dataset.json").read_text())
     assert {k: v["clips"] for k, v in described["splits"].items()} == {"train": 14, "held_out": 4}
     assert described["splits"]["train"]["frames"] == 14 * 9
@@ -99,6 +101,18 @@ def test_data_set_is_complete(collected):
     assert not {c.map for c in train} & {c.map for c in held}
     assert {c.behaviour for c in train} == set(BEHAVIOURS)
     assert collect(CollectConfig(**settings(collected))).made == 0
+
+
+def test_the_card_says_what_there_is_and_how_to_read_it(collected, monkeypatch):
+    text = (collected / "README.md").read_text()
+    data = DatasetCard(text).data
+    assert (data.license, data.size_categories) == ("other", ["n<1K"])
+    assert "| train | 14 | 126 | 4 | 7 |" in text and "| held_out | 4 | 36 | 1 | 2 |" in text
+    assert "| `seed` | `11` |" in text and "may not be used commercially" in text
+    (code,) = re.findall(r"```python\n(.*?)```", text, re.S)
+    monkeypatch.chdir(collected.parent)
+    exec(code, names := {})
+    assert names["rows"]["frames"].shape == (4, 9, 48, 64, 3)
 
 
 def test_poses_are_the_keys_integrated(collected):

@@ -1,15 +1,20 @@
 """Metrics are means over their interval, and their files are never needed to resume."""
 
+import importlib.machinery
 import io
 import json
 import os
+import sys
+import types
 
 import numpy as np
 import pytest
 from PIL import Image
 from tensorboardX.proto.event_pb2 import Event
 
+from lingbot_jax.config import ConfigError
 from lingbot_jax.training.metrics import Means, MetricsWriter, read_metrics
+from lingbot_jax.training.wandb_run import WandbConfig, open_wandb
 
 
 def write(run, *steps, restored=0):
@@ -89,3 +94,74 @@ def test_videos_are_moving_pictures_in_tensorboard(tmp_path):
 def test_lines_are_json_by_step(tmp_path):
     write(tmp_path, 1)
     assert json.loads((tmp_path / "metrics.jsonl").read_text()) == {"step": 1, "loss": 0.5}
+
+
+class FakeWandb(types.ModuleType):
+    """The part of the package that is used; `init` gives itself as the run."""
+
+    class Error(Exception):
+        pass
+
+    def __init__(self):
+        super().__init__("wandb")
+        self.__spec__ = importlib.machinery.ModuleSpec("wandb", None)
+        self.starts, self.logged, self.axis, self.refusal = [], [], {}, None
+
+    def init(self, **given):
+        self.starts.append(given)
+        if self.refusal:
+            raise self.Error(self.refusal)
+        return self
+
+    def define_metric(self, name, step_metric):
+        self.axis[name] = step_metric
+
+    def Settings(self, **given):
+        return given
+
+    def Video(self, data, format):
+        return format, data.getvalue()
+
+    def log(self, values):
+        self.logged.append(values)
+
+    def finish(self):
+        self.logged.append("finished")
+
+
+@pytest.fixture
+def wandb(monkeypatch):
+    fake = FakeWandb()
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    return fake
+
+
+def test_wandb_goes_on_with_the_run_of_the_run_directory(tmp_path, wandb):
+    asked = WandbConfig(project="worlds", entity="us")
+    for restored in (0, 2):
+        writer = MetricsWriter(tmp_path, restored, open_wandb(tmp_path, asked, {"steps": 4}))
+        writer.write(restored + 1, {"loss": 0.5})
+        writer.videos(restored + 1, {"sample": np.zeros((2, 4, 6, 3), np.uint8)})
+        writer.close()
+    first, again = wandb.starts
+    assert first == again and first["id"] and first["resume"] == "allow"
+    assert (first["project"], first["entity"], first["config"]) == ("worlds", "us", {"steps": 4})
+    assert wandb.axis == {"*": "step"} and wandb.logged[::3] == [{"step": s, "loss": 0.5} for s in (1, 3)]
+    assert wandb.logged[1]["sample"][1].startswith(b"GIF") and wandb.logged[2] == "finished"
+    other = tmp_path / "other"
+    other.mkdir()
+    open_wandb(other, asked, {})
+    assert wandb.starts[2]["id"] != first["id"]
+
+
+def test_wandb_that_cannot_be_had_is_one_line(tmp_path, wandb, monkeypatch):
+    assert open_wandb(tmp_path, WandbConfig(), {}) is None and not list(tmp_path.iterdir())
+    wandb.refusal = "api_key not configured\n(no-tty)"
+    with pytest.raises(ConfigError, match="project = 'a': api_key not configured .*; give WANDB_API_KEY, or"):
+        open_wandb(tmp_path, WandbConfig(project="a"), {})
+    monkeypatch.delitem(sys.modules, "wandb")
+    monkeypatch.setattr(sys, "path", [])
+    with pytest.raises(
+        ConfigError, match=r"project = 'a': wandb is not installed: pip install -e '.\[wandb\]'"
+    ):
+        WandbConfig(project="a").check()

@@ -25,6 +25,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from lingbot_jax.cards import README
 from lingbot_jax.config import ConfigError, require
 from lingbot_jax.data.records import (
     DATASET,
@@ -38,6 +39,7 @@ from lingbot_jax.data.records import (
 )
 from lingbot_jax.data.schema import SCHEMA_VERSION, decode, encode
 from lingbot_jax.engine.collect import engines
+from lingbot_jax.engine.collect.card import data_card
 from lingbot_jax.engine.collect.config import CollectConfig
 from lingbot_jax.engine.collect.source import EngineLost, Shard, Source, plan
 from lingbot_jax.files import reached, write_whole
@@ -82,11 +84,14 @@ def configured_source(config: CollectConfig, work: Path, shard: Shard) -> Source
     return VizdoomSource(config, work, [task.map for task in shard.tasks])
 
 
-def collect(config: CollectConfig, make_source: MakeSource = configured_source) -> Summary:
-    """Makes the shards that are missing in `config.out`, then writes dataset.json beside them.
+def collect(
+    config: CollectConfig, make_source: MakeSource = configured_source, command: str | None = None
+) -> Summary:
+    """Makes the shards that are missing in `config.out`, then writes dataset.json and a card beside them.
 
     Args:
       make_source: a module-level function; it is called in the worker processes, once a shard.
+      command: that the config is from, for the card.
 
     Raises:
       ConfigError: the folder cannot be written to, or holds clips of another config.
@@ -105,7 +110,9 @@ def collect(config: CollectConfig, make_source: MakeSource = configured_source) 
             _make(config, make_source, todo, processes)
         seconds = time.monotonic() - begin
         if not (out / DATASET).exists():
-            write_whole(out / DATASET, json.dumps(_describe(out, config, shards), indent=2) + "\n")
+            described = _describe(out, config, shards)
+            write_whole(out / README, data_card(described, out.name, command))
+            write_whole(out / DATASET, json.dumps(described, indent=2) + "\n")
         engines.sweep(out / ENGINES)
         shutil.rmtree(out / ENGINES, ignore_errors=True)
     made = sum(len(s.tasks) for s in todo)
