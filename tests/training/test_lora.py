@@ -8,8 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AbstractMesh, PartitionSpec
+from safetensors.numpy import load_file
 
 from lingbot_jax.config import ConfigError
+from lingbot_jax.convert import contents, names_dit
+from lingbot_jax.convert.lora import to_lora
 from lingbot_jax.models import params
 from lingbot_jax.models.control import is_adapter
 from lingbot_jax.models.dit import Condition, WorldDiT
@@ -104,6 +107,30 @@ def test_whoever_opens_the_run_sees_them_merged(config, state):
     np.testing.assert_allclose(merged, apart, atol=1e-5 * np.abs(apart).max())
     base = run(params.with_arrays(template(micro.NETWORK), {path: own[path] for path in made}))
     assert np.abs(base - apart).max() > 1e-4 * np.abs(apart).max()
+
+
+def test_the_run_is_exported_merged_and_alone(config, state, whole, tmp_path):
+    """For every layer of every adapted matrix: what is added to it has in the export the published layout."""
+    wanted = params.arrays_of(template(micro.NETWORK))
+    base, merged = find(whole.run).read("high", wanted), find(config.run).read("world", wanted)
+    (part,) = (p for p in contents.look(config.run).parts if p.name == "world")
+    read = part.open()
+    for path, layer in part.units():
+        leaf = merged[path] if layer is None else merged[path][layer]
+        np.testing.assert_array_equal(read(path, layer), leaf, err_msg=path)
+    to_lora(config.run, tmp_path / "out")
+    tensors = load_file(tmp_path / "out" / "world.safetensors")
+    assert len(tensors) == 2 * micro.NETWORK.layers * len(LORA.linears)
+    ours = {e.ours: e for e in names_dit.dit_table(micro.NETWORK)}
+    for entry in names_dit.lora_table(micro.NETWORK, LORA)[::2]:
+        path = entry.ours.replace("lora.a_kernel", "kernel")
+        for layer in range(micro.NETWORK.layers):
+            name = entry.published.format(n=layer)
+            b = np.float64(tensors[name.replace("lora_A", "lora_B")])
+            (added,) = ours[path].to_published(np.asarray(merged[path] - base[path])[layer])
+            np.testing.assert_allclose(b @ tensors[name], added, atol=1e-6, err_msg=name)
+    with pytest.raises(ConfigError, match="has no low-rank adapters"):
+        to_lora(whole.run, tmp_path / "none")
 
 
 def test_factors_and_moments_are_split_by_the_table(config):
