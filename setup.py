@@ -41,7 +41,7 @@ SERVE = [
 ]
 BROWSER = ["kubernetes-validate>=1.37", "playwright>=1.65"]  # with Chromium and nginx of the system
 EVAL = ["matplotlib>=3.10"]
-CONVERT = ["torch>=2.13", "diffusers>=0.38", "transformers>=5"]
+CONVERT = ["torch>=2.13", "diffusers>=0.38", "transformers>=5", "peft>=0.21"]
 TEXT = ["ftfy>=6.3", "tokenizers>=0.22"]
 GCS = ["gcsfs>=2026.3"]  # runs, data and bundles in gs://
 WANDB = ["wandb>=0.31,<1"]

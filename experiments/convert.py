@@ -4,6 +4,7 @@
     python -m experiments.convert --source=high=runs/high,low=runs/low --out=bundles/mine
     python -m experiments.convert --source=runs/demo/distill --out=bundles/play --pictures=12
     python -m experiments.convert --source=bundles/mine --out=exported --to=published
+    python -m experiments.convert --source=runs/lora --out=adapters --to=lora
     python -m experiments.convert --source=ANYTHING --inspect
 
 What is written has a card (README.md), for the Hugging Face Hub too. Formats, downloads and memory: docs/convert.md.
@@ -22,7 +23,7 @@ from rich.progress import (
 
 from experiments import common
 from lingbot_jax.control.plucker import CONTROL_CHANNELS
-from lingbot_jax.convert import contents, pictures, presets, report, write
+from lingbot_jax.convert import contents, lora, pictures, presets, report, write
 from lingbot_jax.convert.card import model_card
 from lingbot_jax.worlds.manifest import Starts
 
@@ -32,7 +33,12 @@ _SOURCE = flags.DEFINE_string(
     "checkpoint folder (published or diffusers layout), run or bundle; or high=FOLDER,low=FOLDER",
 )
 _OUT = flags.DEFINE_string("out", None, "folder to make", allow_override=True)  # generate has one too
-_TO = flags.DEFINE_enum("to", "bundle", ["bundle", "published"], "what to write")
+_TO = flags.DEFINE_enum(
+    "to",
+    "bundle",
+    ["bundle", "published", "lora"],
+    "what to write; lora: the low-rank adapters of a run alone, for diffusers",
+)
 _DTYPE = flags.DEFINE_enum(
     "dtype",
     None,
@@ -80,16 +86,21 @@ def main() -> None:
     hints = {"control": _CONTROL, "assets": _ASSETS, "heads": _HEADS, "preset": _PRESET}
     found = contents.look(_SOURCE.value, **{name: flag.value for name, flag in hints.items()})
     to_bundle = _TO.value == "bundle"
-    dtype = _DTYPE.value or ("bfloat16" if to_bundle or "run" in found.kind else "keep")
+    rounds = to_bundle or ("run" in found.kind and _TO.value == "published")
+    dtype = _DTYPE.value or ("bfloat16" if rounds else "keep")
     for line in report.describe(found, dtype):
         print(line)
     found.check()
     if _PICTURES.value is not None and not to_bundle:
-        raise common.UserError(f"--pictures={_PICTURES.value}: published folders have no place for them")
+        raise common.UserError(f"--pictures={_PICTURES.value}: only bundles have a place for them")
     starts = pictures.choose(_PICTURES.value, found) if to_bundle else Starts()
     if starts.pictures:
         print(f"pictures: {len(starts.pictures)} to start from")
     if _INSPECT.value:
+        return
+    if _TO.value == "lora":
+        lora.to_lora(_SOURCE.value, _OUT.value, dtype)
+        print(f"wrote {_OUT.value}")
         return
     written = model_card(found, _OUT.value, dtype, _LICENSE.value, published=not to_bundle)
     with _progress() as progress:

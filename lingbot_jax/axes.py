@@ -38,5 +38,7 @@ OUTPUT = "output"  # small output features: patches of the velocity, class logit
 VOCAB = "vocab"  # token ids
 NORM = "norm"  # scales, biases and modulation vectors of norms
 KERNEL = "kernel"  # spatial or temporal taps of a convolution
+LORA = "lora"  # inputs of A, outputs of B: the wide side of a low-rank adapter
+RANK = "rank"  # its narrow side
 
-LOGICAL_AXES = (LAYERS, EMBED, HEADS, MLP, INPUT, OUTPUT, VOCAB, NORM, KERNEL)
+LOGICAL_AXES = (LAYERS, EMBED, HEADS, MLP, INPUT, OUTPUT, VOCAB, NORM, KERNEL, LORA, RANK)

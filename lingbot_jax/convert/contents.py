@@ -190,7 +190,8 @@ def _of_world(path: str, source: Source) -> Contents:
         parts.append(Part(name, described, {p: stored[p] for p in wanted}, len(wanted), open_part))
     text = isinstance(source.config.text, UMT5Config)
     tokenizer = source.tokenizer() if text and source.tokenizer().exists() else None
-    return Contents("run" if source.run else "bundle", path, source.config, tuple(parts), tokenizer)
+    notes = (f"merged: low-rank adapters of rank {source.lora.rank}",) if source.lora.rank else ()
+    return Contents("run" if source.run else "bundle", path, source.config, tuple(parts), tokenizer, notes)
 
 
 def _open_bundle(folder: epath.Path) -> Read:

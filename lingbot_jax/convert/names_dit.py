@@ -9,12 +9,14 @@ from collections.abc import Iterator
 
 from lingbot_jax.convert.names import AS_IS, LEADING_ONE, LINEAR, Entry
 from lingbot_jax.models.config import DiTConfig
+from lingbot_jax.models.lora import LoraConfig
 
 PATCH = "o c 1 r s -> (r s) c o"  # a 3D convolution whose time patch is 1
 CONTROL_PATCH = "o (c r s) -> (r s) c o"
 # Self-attention q and k: rotary pairs from neighbours to halves, see models/rope.py.
 ROTARY_KERNEL = "(h k two) i -> i (h two k)"
 ROTARY_VECTOR = "(h k two) -> (h two k)"
+LORA_PREFIX = "transformer."  # of the pipeline's component
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,15 +71,16 @@ def _rows(config: DiTConfig) -> Iterator[_Row]:
         yield _Row("linear", "blocks.control.shift", f"{block}.cam_shift_layer", None)
 
 
+def _sizes(layout: str, config: DiTConfig) -> tuple[tuple[str, int], ...]:
+    """Lengths of the axes that a layout joins."""
+    _, rows, columns = config.patch
+    taps, pairs = (("r", rows), ("s", columns)), (("k", config.head_dim // 2), ("two", 2))
+    known = {PATCH: taps, CONTROL_PATCH: taps, ROTARY_KERNEL: pairs, ROTARY_VECTOR: pairs}
+    return known.get(layout, ())
+
+
 def _entries(row: _Row, name: str, config: DiTConfig) -> Iterator[Entry]:
     """The tensors of a row under the given foreign name."""
-    _, rows, columns = config.patch
-    sizes = {
-        PATCH: (("r", rows), ("s", columns)),
-        CONTROL_PATCH: (("r", rows), ("s", columns)),
-        ROTARY_KERNEL: (("k", config.head_dim // 2), ("two", 2)),
-        ROTARY_VECTOR: (("k", config.head_dim // 2), ("two", 2)),
-    }
     bias = ROTARY_VECTOR if row.layout == ROTARY_KERNEL else AS_IS
     layouts = {
         "linear": (("kernel", "weight", row.layout), ("bias", "bias", bias)),
@@ -90,7 +93,7 @@ def _entries(row: _Row, name: str, config: DiTConfig) -> Iterator[Entry]:
             f"{row.ours}.{ours}" if ours else row.ours,
             f"{name}.{theirs}" if theirs else name,
             layout,
-            sizes.get(layout, ()),
+            _sizes(layout, config),
         )
 
 
@@ -109,3 +112,21 @@ def diffusers_dit_table(config: DiTConfig) -> list[Entry]:
     if missing:
         raise ValueError(f"WanTransformer3DModel has no control layers: {', '.join(missing)}")
     return [entry for row in _rows(config) for entry in _entries(row, row.diffusers, config)]
+
+
+def lora_table(config: DiTConfig, lora: LoraConfig) -> list[Entry]:
+    """Names of A and B where diffusers loads them into a WanTransformer3DModel, which are PEFT's."""
+    adapted = [row for row in _rows(config) if f"{row.ours}.kernel" in lora.kernels()]
+    return [
+        Entry(
+            f"{row.ours}.lora.{ours}_kernel",
+            f"{LORA_PREFIX}{row.diffusers}.lora_{theirs}.weight",
+            layout,
+            sizes,
+        )
+        for row in adapted
+        for ours, theirs, layout, sizes in (
+            ("a", "A", LINEAR, ()),
+            ("b", "B", row.layout, _sizes(row.layout, config)),
+        )
+    ]

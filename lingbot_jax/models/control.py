@@ -1,7 +1,7 @@
 """Camera and key control: tokens from the camera / action embedding, injected into a block (paper section 3.3.2).
 
 The camera / action embedding is `b t h w C*stride^2`: all pixels under a latent pixel as channels
-(`control/plucker.py` makes it). All parameters of this file are adapters: the action stage trains them and
+(`control/plucker.py` makes it). All parameters of this file are adapters: the action stage trains adapters and
 nothing else.
 
 A freshly made injection has zero scale and shift layers, so that adding adapters to a trained model changes
@@ -20,8 +20,9 @@ from lingbot_jax.models.params import zeros
 
 
 def is_adapter(path: str) -> bool:
-    """Whether a parameter, by dotted path, is of this file: they sit under a `control` attribute."""
-    return "control" in path.split(".")
+    """Whether a parameter, by dotted path, is an adapter's: of this file, or a low-rank one (`lora.py`). They sit under
+    an attribute of that name."""
+    return not {"control", "lora"}.isdisjoint(path.split("."))
 
 
 class ControlEmbedding(nnx.Module):

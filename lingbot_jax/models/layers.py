@@ -37,7 +37,9 @@ def gelu(x: jax.Array) -> jax.Array:
 
 
 class Linear(nnx.Module):
-    """x W + b."""
+    """x W + b, and a low-rank adapter's share where there is one (`lora.adapted`)."""
+
+    lora: nnx.Module | None = None
 
     def __init__(
         self, key: jax.Array, sizes: tuple[int, int], axes: tuple[str, str], init: Initializer = xavier
@@ -46,7 +48,8 @@ class Linear(nnx.Module):
         self.bias = param(key, sizes[1:], axes[1:], zeros)
 
     def __call__(self, x: Float[Array, "*n i"]) -> Float[Array, "*n o"]:
-        return linear(x, self.kernel) + gathered(self.bias, x.dtype)
+        y = linear(x, self.kernel) + gathered(self.bias, x.dtype)
+        return y if self.lora is None else y + self.lora(x)
 
 
 class Mlp(nnx.Module):

@@ -34,6 +34,7 @@ Rules = Mapping[str, tuple[str, ...]]
 PARAMETER_RULES: Rules = {
     ax.EMBED: (FSDP, SEQ),
     ax.NORM: (FSDP, SEQ),
+    ax.LORA: (FSDP, SEQ),  # of adapters the wide side, whatever that of the adapted matrix is
     ax.LAYERS: (),  # scanned: a step of the scan needs its layer from every device
     ax.HEADS: (),
     ax.MLP: (),
@@ -41,6 +42,7 @@ PARAMETER_RULES: Rules = {
     ax.OUTPUT: (),
     ax.VOCAB: (),
     ax.KERNEL: (),
+    ax.RANK: (),
 }
 
 

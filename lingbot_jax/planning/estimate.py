@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from lingbot_jax import axes as ax
 from lingbot_jax.models.params import flat_params
 from lingbot_jax.parallel import sharding
 from lingbot_jax.parallel.mesh import DATA, SEQ
@@ -17,9 +18,9 @@ from lingbot_jax.planning.hlo import HloModule
 from lingbot_jax.planning.intended import Intended, Matrix, state_faults
 from lingbot_jax.planning.programs import Case, tokens_of
 from lingbot_jax.planning.roofline import Roofline, collective_bytes, roofline
+from lingbot_jax.training.networks import templates
 from lingbot_jax.training.state import TrainState
 from lingbot_jax.training.step import Program
-from lingbot_jax.worlds.world import template
 
 ATTENTION_BACKWARD = 2.5  # of a self-attention forward, in kernels: five products for two
 MARGIN = 0.05  # of HBM that a fit leaves free: fragments, and what runs beside the program
@@ -247,9 +248,9 @@ def _intended(case: Case) -> Intended:
 
 def _matrices(case: Case) -> Iterator[Matrix]:
     """Every matrix of the network; those outside the blocks may be computed, and so sent, in float32."""
-    network = case.config.world.network
-    name, compute = next(iter(case.run.world.networks)), jnp.dtype(network.dtype).itemsize
-    for path, leaf in flat_params(template(network)).items():
+    name, network = next(iter(case.run.world.networks.items()))
+    compute = jnp.dtype(network.dtype).itemsize
+    for path, leaf in flat_params(templates(case.run)[name]).items():
         if _is_matrix(leaf):
             stacked = len(leaf.shape) > 2
             layers, itemsize = (leaf.shape[0], compute) if stacked else (1, 4)
@@ -258,18 +259,19 @@ def _matrices(case: Case) -> Iterator[Matrix]:
 
 def _small(case: Case) -> int:
     """Bytes of the gradients of all that is no matrix of `linear`, in float32."""
-    name, network = next(iter(case.run.world.networks.items()))
+    name = next(iter(case.run.world.networks))
     small = [
         leaf.size
-        for path, leaf in flat_params(template(network)).items()
+        for path, leaf in flat_params(templates(case.run)[name]).items()
         if not _is_matrix(leaf) and case.objective.trains(name, path)
     ]
     return 4 * sum(small)
 
 
 def _is_matrix(leaf: nnx.Param) -> bool:
+    """Whether it is a large one; low-rank adapters are not."""
     axes = leaf.get_metadata()["axes"]
-    return len(axes) == 2 and None not in axes
+    return len(axes) == 2 and not {None, ax.RANK} & set(axes)
 
 
 def _parts(state: TrainState) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from lingbot_jax.config import (
 )
 from lingbot_jax.data.config import DataConfig, MixtureConfig
 from lingbot_jax.models.config import DiTConfig
+from lingbot_jax.models.lora import LoraConfig
 from lingbot_jax.parallel.mesh import MeshConfig
 from lingbot_jax.training.post_training import DistillConfig, ForcingConfig
 from lingbot_jax.training.wandb_run import WandbConfig
@@ -178,6 +179,9 @@ class TrainConfig:
     flow: FlowConfig = Field(FlowConfig(), description="flow matching")
     forcing: ForcingConfig = Field(ForcingConfig(), description="of stage causal")
     distill: DistillConfig = Field(DistillConfig(), description="of stage distill")
+    lora: LoraConfig = Field(
+        LoraConfig(), description="low-rank adapters of the world's networks, which alone train then"
+    )
     optimizer: OptimizerConfig = Field(OptimizerConfig(), description="updates")
     checkpoint: CheckpointConfig = Field(CheckpointConfig(), description="saving")
     validation: ValidationConfig = Field(ValidationConfig(), description="measuring while training")
@@ -198,6 +202,8 @@ class TrainConfig:
         require(given, "codec", None, "give the file, bundle or run that the codec is read from")
         given = bool(self.world.networks) or self.init is not None
         require(given, "world.networks", {}, "give sizes, or a source with init")
+        ok = self.lora.rank == 0 or self.init is not None
+        require(ok, "lora.rank", self.lora.rank, "adapts what is there already: name it with init")
         ok = self.optimizer.decay == "cosine" or self.optimizer.decay_steps is None
         require(
             ok, "optimizer.decay_steps", self.optimizer.decay_steps, "means nothing without decay = cosine"

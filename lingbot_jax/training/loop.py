@@ -19,6 +19,7 @@ from lingbot_jax.training import curriculum
 from lingbot_jax.training.config import TrainConfig
 from lingbot_jax.training.goodput import Goodput
 from lingbot_jax.training.metrics import MetricsWriter, StepProgress
+from lingbot_jax.training.networks import templates
 from lingbot_jax.training.objectives import Constants, Objective
 from lingbot_jax.training.objectives.world import draw_known
 from lingbot_jax.training.report import Profile, Report
@@ -32,7 +33,7 @@ from lingbot_jax.training.watchdog import bounded
 from lingbot_jax.worlds.checkpoints import Checkpoints
 from lingbot_jax.worlds.clips import prepare
 from lingbot_jax.worlds.open import find, open_encoders
-from lingbot_jax.worlds.world import World, template
+from lingbot_jax.worlds.world import World
 
 # A value that the experiment makes: the averaged world at a step -> numbers for the metrics, videos to look at.
 Evaluate = Callable[[World, int], tuple[dict[str, float], dict[str, np.ndarray]]]
@@ -225,9 +226,10 @@ class _Phase:
 
     def world(self, state: TrainState) -> World:
         """The world as it stands, with averaged parameters where they train."""
+        modules = templates(self.config)
         networks = {
-            name: params.with_arrays(template(network), state.params[name] | state.ema.get(name, {}))
-            for name, network in self.config.world.networks.items()
+            name: params.with_arrays(modules[name], state.params[name] | state.ema.get(name, {}))
+            for name in self.config.world.networks
         }
         return World(networks, self.codec, self.text, self.config.world, self.mesh)
 

@@ -15,7 +15,7 @@ import jax
 from lingbot_jax.models import params
 from lingbot_jax.models.config import DiTConfig
 from lingbot_jax.models.discriminator import Discriminator, DiscriminatorConfig
-from lingbot_jax.models.dit import WorldDiT
+from lingbot_jax.models.lora import LoraConfig, adapted
 from lingbot_jax.training.config import TrainConfig
 from lingbot_jax.worlds.world import template
 
@@ -40,9 +40,17 @@ def transformers(config: TrainConfig) -> dict[str, DiTConfig]:
     return config.world.networks | {name: config.teachers[theirs] for name, theirs in scores(config).items()}
 
 
+def lora_of(config: TrainConfig, network: str) -> LoraConfig:
+    """The low-rank adapters of a network of a run: those of the world have them, scores do not."""
+    return config.lora if network in config.world.networks else LoraConfig()
+
+
 def makers(config: TrainConfig) -> dict[str, Callable[[jax.Array], Any]]:
     """All networks of a run: key -> a fresh one."""
-    made = {name: functools.partial(WorldDiT, network) for name, network in transformers(config).items()}
+    made = {
+        name: functools.partial(adapted, network, lora_of(config, name))
+        for name, network in transformers(config).items()
+    }
     if config.stage == "distill" and config.distill.head is not None:
         made[HEAD] = functools.partial(
             Discriminator, config.distill.head, next(iter(config.teachers.values()))
@@ -52,7 +60,7 @@ def makers(config: TrainConfig) -> dict[str, Callable[[jax.Array], Any]]:
 
 def templates(config: TrainConfig) -> dict[str, Any]:
     """All networks of a run, abstract."""
-    made = {name: template(network) for name, network in transformers(config).items()}
+    made = {name: template(network, lora_of(config, name)) for name, network in transformers(config).items()}
     if HEAD in makers(config):
         made[HEAD] = _head(config.distill.head, next(iter(config.teachers.values())))
     return made

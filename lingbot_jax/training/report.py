@@ -87,7 +87,8 @@ class Report:
         if phase.size != (0, 0) and phase.stage != "distill":  # whose rollouts differ from step to step
             height, width = (s // codec.stride[1] for s in phase.size)
             tokens = t * (height // network.patch[1]) * (width // network.patch[2])
-            flops = training_flops(network, t, height, width, adapters_only=phase.stage == "action")
+            adapters = phase.stage == "action" or phase.lora.rank > 0
+            flops = training_flops(network, t, height, width, adapters_only=adapters)
             self._per_step = {"tokens": float(phase.data.batch * tokens), "flops": phase.data.batch * flops}
 
     def clock(self, step: int, state: Any) -> Clock:

@@ -7,6 +7,7 @@ a run       config.json (a TrainConfig, which contains the WorldConfig), checkpo
 """
 
 import dataclasses
+import functools
 import json
 from collections.abc import Mapping
 from typing import Any
@@ -19,11 +20,13 @@ from lingbot_jax import files
 from lingbot_jax.config import ConfigError, build
 from lingbot_jax.models import params
 from lingbot_jax.models.config import NgramConfig
+from lingbot_jax.models.lora import LoraConfig
 from lingbot_jax.models.text import HashedNgramEncoder, TextEncoder, UMT5Encoder, load_tokenizer
 from lingbot_jax.parallel.mesh import MeshConfig, make_mesh
 from lingbot_jax.worlds import manifest, quantization, storage
 from lingbot_jax.worlds.checkpoints import Checkpoints
 from lingbot_jax.worlds.config import WorldConfig
+from lingbot_jax.worlds.merging import read_merged
 from lingbot_jax.worlds.world import CODEC, TEXT, Arrays, World, assemble, modules, specs, template
 
 FORMAT = 2
@@ -38,12 +41,14 @@ class Source:
 
     Attributes:
       path: the folder. config: what it says of itself. codec: where codec and text encoder lie, if elsewhere.
+      lora: low-rank adapters of a run's networks, of which `config` says nothing: what is read has them merged.
     """
 
     path: epath.Path
     config: WorldConfig
     run: bool
     codec: epath.Path | None = None
+    lora: LoraConfig = LoraConfig()
 
     def read(self, name: str, wanted: Mapping[str, jax.ShapeDtypeStruct]) -> Arrays:
         """The arrays of a network, of `codec` or of `text`, each straight into its place; of a run the averaged
@@ -51,7 +56,11 @@ class Source:
         if name in (CODEC, TEXT) and self.codec is not None:
             return find(self.codec).read(name, wanted)
         if self.run:
-            return Checkpoints(self.path, read_only=True).averaged(name, wanted)
+            read = functools.partial(Checkpoints(self.path, read_only=True).averaged, name)
+            merges = self.lora.rank and name in self.config.networks
+            return (
+                read_merged(read, self.config.networks[name], self.lora, wanted) if merges else read(wanted)
+            )
         return quantization.read(params_folder(self.path, name), wanted)
 
     def tokenizer(self) -> epath.Path:
@@ -71,10 +80,11 @@ def find(path: epath.PathLike, field: str = "run") -> Source:
     if (folder / RUN).exists():
         values = files.read_json(folder / RUN, field)
         config = build(WorldConfig, values.get("world", {}), f"{folder / RUN}: world")
+        lora = build(LoraConfig, values.get("lora", {}), f"{folder / RUN}: lora")
         codec = values.get("codec")
         if not isinstance(codec, str):
             raise ConfigError(f"{folder / RUN}: codec = {codec!r}: must be a path; the file is damaged")
-        return Source(folder, config, run=True, codec=folder / codec)
+        return Source(folder, config, run=True, codec=folder / codec, lora=lora)
     raise ConfigError(
         f"{field} = {str(path)!r}: neither a run ({RUN} of experiments.train) nor a bundle ({BUNDLE} of "
         "experiments.convert) is there"

@@ -25,6 +25,7 @@ from lingbot_jax.models.config import (
 )
 from lingbot_jax.models.conv_codec import ConvCodec
 from lingbot_jax.models.dit import WorldDiT
+from lingbot_jax.models.lora import LoraConfig, adapted
 from lingbot_jax.models.text import UMT5, TextEncoder
 from lingbot_jax.models.vae import WanVAE
 from lingbot_jax.parallel import sharding
@@ -91,13 +92,15 @@ class World:
 _encode_text = jax.jit(lambda encoder, tokens: encoder(tokens))
 
 
-def template(config: DiTConfig | CodecConfig | UMT5Config) -> Any:
-    """The abstract module of a config; nothing is allocated."""
-    return _template(config)
+def template(config: DiTConfig | CodecConfig | UMT5Config, lora: LoraConfig = LoraConfig()) -> Any:  # noqa: B008 - frozen
+    """The abstract module of a config, a transformer with low-rank adapters where asked; nothing is allocated."""
+    return _template(config, lora)
 
 
 @functools.lru_cache(maxsize=64)
-def _template(config: Any) -> Any:
+def _template(config: Any, lora: LoraConfig) -> Any:
+    if lora.rank:
+        return params.abstract(lambda key: adapted(config, lora, key))
     return params.abstract(lambda key: MODULES[type(config)](config, key))
 
 

@@ -1,4 +1,5 @@
-"""The action stage trains adapters alone: no gradient, no optimiser state and no change for anything else."""
+"""The action stage trains adapters alone, as low-rank ones do in any: no gradient, no optimiser state and no change for
+anything else."""
 
 import dataclasses
 import functools
@@ -12,6 +13,7 @@ import pytest
 
 from lingbot_jax.models import params
 from lingbot_jax.models.control import is_adapter
+from lingbot_jax.models.lora import LoraConfig, is_lora
 from lingbot_jax.parallel.mesh import make_mesh
 from lingbot_jax.training.objectives import Constants
 from lingbot_jax.training.start import objective_of
@@ -39,10 +41,11 @@ def batch() -> Encoded:
 
 
 @functools.cache
-def program(stage: str) -> tuple[Program, object]:
+def program(stage: str, rank: int = 0) -> tuple[Program, object]:
     """Each stage's step, and what it is compiled to."""
-    world = micro.world_config(network=NETWORK)
-    config = micro.config(pathlib.Path("unused"), "run", stage=stage, world=world, curriculum=())
+    fields = {"stage": stage, "world": micro.world_config(network=NETWORK), "curriculum": ()}
+    fields |= {"lora": LoraConfig(rank=rank), "init": "unused"} if rank else {}
+    config = micro.config(pathlib.Path("unused"), "run", **fields)
     mesh = make_mesh(micro.mesh(), jax.devices()[:1])
     objective = objective_of(config)
     made = make_step(objective, config, mesh, objective.updates(0), jax.eval_shape(batch))
@@ -58,19 +61,21 @@ def split(arrays: dict) -> tuple[dict, dict]:
     return adapters, {path: leaf for path, leaf in arrays.items() if path not in adapters}
 
 
-def test_frozen_parameters_have_no_optimiser_state_and_no_gradient_buffers():
-    state = program("action")[0].args[0]
-    adapters, frozen = split(state.params["world"])
-    assert adapters and frozen and state.ema["world"].keys() == adapters.keys()
-    adapters, frozen = nbytes(adapters), nbytes(frozen)
-    assert adapters < 0.1 * frozen
-    world, action = (program(stage)[1].memory_analysis() for stage in ("world", "action"))
+@pytest.mark.parametrize("which", [("action", 0), ("world", 1)])
+def test_frozen_parameters_have_no_optimiser_state_and_no_gradient_buffers(which):
+    state = program(*which)[0].args[0]
+    own, rest = state.ema["world"], dict(state.params["world"])
+    assert own.keys() == {path for path in rest if which[0] == "action" and is_adapter(path) or is_lora(path)}
+    adapters, frozen = nbytes(own), nbytes({path: rest[path] for path in rest.keys() - own.keys()})
+    assert 0 < adapters < 0.1 * frozen
+    world, action = (program(*one)[1].memory_analysis() for one in (("world",), which))
+    every = nbytes(program("world")[0].args[0].params)
     inputs = nbytes(batch()) + nbytes(NULL) + 1024  # and counters
-    # Parameters, EMA and two moments of everything; in stage action three of the four of adapters only.
-    assert 0 <= world.argument_size_in_bytes - 4 * (adapters + frozen) < inputs
+    # Parameters, EMA and two moments of everything; three of the four of what trains only.
+    assert 0 <= world.argument_size_in_bytes - 4 * every < inputs
     assert 0 <= action.argument_size_in_bytes - (4 * adapters + frozen) < inputs
-    # The backward pass of stage world holds a gradient of every parameter, that of stage action does not.
-    assert world.temp_size_in_bytes > adapters + frozen
+    # The backward pass of stage world holds a gradient of every parameter, the other's does not.
+    assert world.temp_size_in_bytes > every
     assert action.temp_size_in_bytes < 0.5 * frozen
     assert world.temp_size_in_bytes - action.temp_size_in_bytes > 0.9 * frozen
 

@@ -22,6 +22,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 from lingbot_jax.diffusion.flow import add_noise, over, velocity_target
 from lingbot_jax.models.attention import Attend
 from lingbot_jax.models.dit import Condition, WorldDiT
+from lingbot_jax.models.lora import trains
 from lingbot_jax.rollout import masks
 from lingbot_jax.rollout.trajectory import trajectory
 from lingbot_jax.training import curriculum
@@ -39,12 +40,12 @@ Levels = Float[Array, "b t"]
 
 @dataclasses.dataclass(frozen=True)
 class CausalObjective:
-    """Every parameter of the student trains. `config` is the run's, of all its phases."""
+    """Every parameter of the student trains, or its low-rank adapters. `config` is the run's, of all its phases."""
 
     config: TrainConfig
 
     def trains(self, network: str, path: str) -> bool:
-        return network == STUDENT
+        return network == STUDENT and trains(self.config.lora, path)
 
     def updates(self, step: int) -> tuple[Update, ...]:
         phase = self.config.phases()[curriculum.phase_at(self.config, step)]

@@ -23,6 +23,7 @@ from lingbot_jax.models.attention import Attend
 from lingbot_jax.models.codec import Codec
 from lingbot_jax.models.config import DiTConfig
 from lingbot_jax.models.dit import Condition, WorldDiT
+from lingbot_jax.models.lora import trains
 from lingbot_jax.rollout.causal import Number
 from lingbot_jax.rollout.self_rollout import Rollout, condition_of, roll, roll_on, text_of
 from lingbot_jax.training import curriculum
@@ -39,11 +40,13 @@ Latents = Float[Array, "b t h w c"]
 
 @dataclasses.dataclass(frozen=True)
 class DistillObjective:
-    """The student, the fake scores and the head train. `config` is the run's, of all its phases."""
+    """The student (or its low-rank adapters), the fake scores and the head train. `config` is that of all phases."""
 
     config: TrainConfig
 
     def trains(self, network: str, path: str) -> bool:
+        if network == STUDENT:
+            return trains(self.config.lora, path)
         return not network.startswith(REAL)
 
     def updates(self, step: int) -> tuple[Update, ...]:

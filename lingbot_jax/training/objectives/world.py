@@ -18,6 +18,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 from lingbot_jax.diffusion.flow import TIMESTEPS, add_noise, sample_sigma, velocity_target
 from lingbot_jax.models.attention import Attend
 from lingbot_jax.models.dit import Condition, WorldDiT
+from lingbot_jax.models.lora import trains
 from lingbot_jax.training import curriculum
 from lingbot_jax.training.config import TaskConfig, TrainConfig
 from lingbot_jax.training.objectives import Constants, Mean, Metrics, Update
@@ -29,12 +30,13 @@ NOISY = 0.8  # noise levels above: a model that ignores its condition shows in t
 
 @dataclasses.dataclass(frozen=True)
 class WorldObjective:
-    """Every parameter of every network of the run trains. `config` is the run's, of all its phases."""
+    """Every parameter of every network of the run trains, or its low-rank adapters alone. `config` is the run's, of all
+    its phases."""
 
     config: TrainConfig
 
     def trains(self, network: str, path: str) -> bool:
-        return True
+        return trains(self.config.lora, path)
 
     def updates(self, step: int) -> tuple[Update, ...]:
         network = curriculum.network_at(self.config, step)
