@@ -30,16 +30,17 @@ SCORE_LOG2, VALUE_LOG2 = 80.0, 24.0
 def fixed_max_is_safe(
     q: Float[Array, "b n h k"], k: Float[Array, "b m h k"], v: Float[Array, "b m h k"]
 ) -> Bool[Array, ""]:
-    """Whether exponentials of the scores themselves, without any offset, stay inside float32.
+    """Whether exponentials of the scores themselves, without any offset, stay inside float32 in every head.
 
-    By Cauchy and Schwarz |s| <= |q| max|k|. With RMS-normed q and k of scales a and b and head_dim 128 that is 16.3 a b
-    in log2: true up to a b = 4.9. NaN or infinite inputs are not safe.
+    Range, for each sample and head on its own: |s| <= max|q| max|k| (Cauchy and Schwarz), and that times log2(e) /
+    sqrt(head_dim) must be at most SCORE_LOG2; max|v| must be in [2^-VALUE_LOG2, 2^VALUE_LOG2] or 0. With q and k of
+    root mean squares a and b in a head of 128 that is 16.3 a b: a b up to 4.9. NaN and infinite inputs are not safe.
     """
-    norm = lambda x: jnp.sqrt(jnp.max(jnp.sum(jnp.square(x.astype(jnp.float32)), -1)))
+    norm = lambda x: jnp.sqrt(jnp.max(jnp.sum(jnp.square(x.astype(jnp.float32)), -1), axis=1))  # b h
     top = norm(q) * norm(k) * (LOG2_E / q.shape[-1] ** 0.5)
-    size = jnp.max(jnp.abs(v.astype(jnp.float32)))
+    size = jnp.max(jnp.abs(v.astype(jnp.float32)), axis=(1, 3))
     ordinary = (size == 0) | ((size >= 2.0**-VALUE_LOG2) & (size <= 2.0**VALUE_LOG2))
-    return (top <= SCORE_LOG2) & ordinary
+    return jnp.all((top <= SCORE_LOG2) & ordinary)
 
 
 def _forward(q, k, v, context, key_lengths, mask, tiles, interpret):

@@ -6,6 +6,7 @@ local and block-causal work is balanced.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 
 import jax
@@ -22,7 +23,7 @@ from lingbot_jax.config import ConfigError, require
 from lingbot_jax.models.config import DiTConfig
 from lingbot_jax.models.layers import Linear, RMSNorm
 from lingbot_jax.models.rope import Rotary, rotate
-from lingbot_jax.parallel.sharding import platform
+from lingbot_jax.parallel.sharding import platform, precision_of
 
 Heads = Float[Array, "b t p h k"]
 
@@ -53,9 +54,10 @@ def attend_text(q: Heads, k: Float[Array, "b *n l h k"], v: Float[Array, "b *n l
         parts = q.reshape(q.shape[0], n, -1, *q.shape[2:])
         return jax.vmap(attend_text, in_axes=1, out_axes=1)(parts, k, v).reshape(q.shape)
     q, k, v = jnp.moveaxis(q, 3, 1), k.swapaxes(1, 2), v.swapaxes(1, 2)
-    scores = jnp.einsum("bhtpk,bhlk->bhtpl", q, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
+    product = functools.partial(jnp.einsum, precision=precision_of(q.dtype))
+    scores = product("bhtpk,bhlk->bhtpl", q, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
     weights = jax.nn.softmax(scores, -1).astype(v.dtype)
-    return jnp.moveaxis(jnp.einsum("bhtpl,bhlk->bhtpk", weights, v), 1, 3)
+    return jnp.moveaxis(product("bhtpl,bhlk->bhtpk", weights, v), 1, 3)
 
 
 def attend_local(

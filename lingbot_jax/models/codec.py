@@ -21,6 +21,7 @@ from lingbot_jax.config import ConfigError
 from lingbot_jax.models import params
 from lingbot_jax.models.config import ConvCodecConfig, LinearCodecConfig, VAEConfig
 from lingbot_jax.models.params import ones, param, zeros
+from lingbot_jax.models.vae_layers import matmul
 
 Stream = Any  # a pytree of static structure, threaded through decode_chunk
 
@@ -70,7 +71,7 @@ class LinearCodec(nnx.Module):
         self.config = config
 
     def encode(self, video: Float[Array, "b f h w 3"]) -> Float[Array, "b t hl wl c"]:
-        return (patches_of(video, self.config) - self.mean[...]) @ self.basis[...] / self.scale[...]
+        return matmul(patches_of(video, self.config) - self.mean[...], self.basis[...]) / self.scale[...]
 
     def decode(self, latents: Float[Array, "b t hl wl c"]) -> Float[Array, "b f h w 3"]:
         return self.decode_chunk(latents, (), first=True)[0]
@@ -82,7 +83,7 @@ class LinearCodec(nnx.Module):
         self, latents: Float[Array, "b t hl wl c"], stream: Stream, *, first: bool
     ) -> tuple[Float[Array, "b f h w 3"], Stream]:
         st, sh, sw = self.config.stride
-        patches = latents * self.scale[...] @ self.basis[...].T + self.mean[...]
+        patches = matmul(latents * self.scale[...], self.basis[...].T) + self.mean[...]
         groups = rearrange(patches, "b t h w (s p q c) -> b t s (h p) (w q) c", s=st, p=sh, q=sw, c=3)
         return jnp.clip(first_frame_alone(groups, first), -1.0, 1.0), stream
 
@@ -117,7 +118,7 @@ def fit_linear(batches: Iterable[Float[np.ndarray, "b f h w 3"]], config: Linear
     Raises:
       ConfigError: there was no batch.
     """
-    moments = jax.jit(lambda x: (x.sum(0), x.T @ x))
+    moments = jax.jit(lambda x: (x.sum(0), jnp.matmul(x.T, x, precision=jax.lax.Precision.HIGHEST)))
     total, first, second = 0, 0.0, 0.0
     for video in batches:
         x = patches_of(jnp.asarray(video), config).reshape(-1, 3 * int(np.prod(config.stride)))

@@ -47,6 +47,9 @@ class DiTConfig:
     dtype: DType = Field(
         "bfloat16", description="of matrix products and activations; norms, modulation, angles are float32"
     )
+    residual_dtype: DType = Field(
+        "float32", description="of the residual stream, which the blocks add to (float32 as published)"
+    )
     remat: Literal["none", "full", "dots", "offload"] = Field(
         "none",
         description="rematerialisation of the scanned blocks: what is kept between forward and backward",

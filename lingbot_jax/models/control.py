@@ -58,6 +58,5 @@ class ControlInjection(nnx.Module):
 def inject(
     x: Float[Array, "b t p d"], scale: Float[Array, "b t p d"], shift: Float[Array, "b t p d"]
 ) -> Float[Array, "b t p d"]:
-    """(1 + scale) x + shift, in float32."""
-    x32, scale, shift = (v.astype(jnp.float32) for v in (x, scale, shift))
-    return ((1 + scale) * x32 + shift).astype(x.dtype)
+    """(1 + scale) x + shift, in float32; 1 + scale is rounded to scale's dtype, as published."""
+    return ((1 + scale).astype(jnp.float32) * x + shift).astype(x.dtype)

@@ -11,6 +11,7 @@ It is causal with one latent frame of memory, so a stream decoded chunk by chunk
 `experiments.fit_codec` fits the linear parts (`fit_conv`) and trains the networks (`reconstruction_loss`).
 """
 
+import functools
 from collections.abc import Callable, Iterable
 
 import jax
@@ -25,7 +26,7 @@ from lingbot_jax.models import params
 from lingbot_jax.models.codec import Stream, first_frame_alone, fit_linear, patches_of
 from lingbot_jax.models.config import ConvCodecConfig, LinearCodecConfig
 from lingbot_jax.models.params import ones, param, zeros
-from lingbot_jax.models.vae_layers import Linear, RMSNorm, SpatialConv, conv2d
+from lingbot_jax.models.vae_layers import Linear, RMSNorm, SpatialConv, conv2d, matmul
 
 LINEAR = ("basis", "mean", "std", "context", "context_bias")  # parameters in closed form, not trained
 _RIDGE = 1e-4  # of the mean variance of a feature
@@ -76,7 +77,7 @@ class ConvCodec(nnx.Module):
         self.outputs = Linear(width, 12 * st, next(keys))
 
     def encode(self, video: Video) -> Latents:
-        return (patches_of(video, self.config) - self.mean[...]) @ self.basis[...] / self.std[...]
+        return matmul(patches_of(video, self.config) - self.mean[...], self.basis[...]) / self.std[...]
 
     def decode(self, latents: Latents) -> Video:
         batch, _, height, width, _ = latents.shape
@@ -161,7 +162,8 @@ def _moments(codec: ConvCodec, video: Video) -> tuple[Float[Array, "n n"], Float
     taps = [seen[:, :, i : i + height, j : j + width] for i in range(3) for j in range(3)]
     x = jnp.concatenate([*taps, jnp.ones_like(taps[0][..., :1])], axis=-1)
     x, y = x.reshape(-1, x.shape[-1]), patches.reshape(-1, patches.shape[-1])
-    return x.T @ x, x.T @ y, len(x)
+    product = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
+    return product(x.T, x), product(x.T, y), len(x)
 
 
 def reconstruction_loss(codec: ConvCodec, video: Video, key: jax.Array, noise: float) -> Float[Array, ""]:

@@ -6,6 +6,8 @@ depth after depth side by side, is classified by one linear layer: one logit per
 noise level, the keys and the prompt are in the features, so the head is not told of them again.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -17,7 +19,7 @@ from lingbot_jax.config import Count, PositiveInt, config, require
 from lingbot_jax.models.config import DiTConfig, Size
 from lingbot_jax.models.layers import LayerNorm, Linear, Mlp, gelu, layer_norm
 from lingbot_jax.models.params import normal, param, stack, zeros
-from lingbot_jax.parallel.sharding import gathered
+from lingbot_jax.parallel.sharding import gathered, precision_of
 
 
 @config
@@ -65,9 +67,10 @@ class Readout(nnx.Module):
         q = heads(self.q(layer_norm(x, self.eps).astype(tokens.dtype)))
         k, v = heads(self.k(tokens)), heads(self.v(tokens))
         # Frames and their tokens stay apart: under a mesh the tokens are split, and joining would gather them.
-        scores = jnp.einsum("bqhk,btphk->bhqtp", q, k, preferred_element_type=jnp.float32)
+        product = functools.partial(jnp.einsum, precision=precision_of(q.dtype))
+        scores = product("bqhk,btphk->bhqtp", q, k, preferred_element_type=jnp.float32)
         weights = jax.nn.softmax(scores * q.shape[-1] ** -0.5, axis=(-2, -1)).astype(v.dtype)
-        found = jnp.einsum("bhqtp,btphk->bqhk", weights, v)
+        found = product("bhqtp,btphk->bqhk", weights, v)
         x = x + self.o(found.reshape(*found.shape[:2], -1)).astype(jnp.float32)
         return x + self.mlp(layer_norm(x, self.eps).astype(tokens.dtype)).astype(jnp.float32)
 

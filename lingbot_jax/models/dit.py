@@ -143,21 +143,24 @@ class Block(nnx.Module):
         attend: Attend,
         context: Context | None,
     ) -> tuple[Float[Array, "b t p d"], tuple[Array, Array]]:
-        """Returns tokens, and the self-attention's keys (normed, not rotated) and values `b t p h k`."""
-        eps, dtype = self.config.eps, x.dtype
+        """Returns tokens, and the self-attention's keys (normed, not rotated) and values `b t p h k`.
+
+        The stream x keeps its dtype, `residual_dtype`; what enters a product is rounded to `dtype`.
+        """
+        eps, dtype, stream = self.config.eps, self.config.dtype, x.dtype
         shift_a, scale_a, gate_a, shift_f, scale_f, gate_f = jnp.moveaxis(
             gathered(self.modulation) + time, -2, 0
         )
 
         y = (layer_norm(x, eps) * (1 + scale_a) + shift_a).astype(dtype)
         y, kv = self.self_attention(y, table, attend, context)
-        x = (x + y * gate_a).astype(dtype)
+        x = (x + y * gate_a).astype(stream)
         if control is not None:
             x = inject(x, control.scale, control.shift)
         y = self.cross_norm(x).astype(dtype)
-        x = x + self.cross_attention(y, text.keys, text.values)
+        x = (x + self.cross_attention(y, text.keys, text.values)).astype(stream)
         y = (layer_norm(x, eps) * (1 + scale_f) + shift_f).astype(dtype)
-        x = (x + self.ffn(y) * gate_f).astype(dtype)
+        x = (x + self.ffn(y) * gate_f).astype(stream)
         return x, kv
 
 
@@ -237,9 +240,10 @@ class WorldDiT(nnx.Module):
     def embed_latents(
         self, latents: Float[Array, "b t h w c"], base: Float[Array, "b t p d"] | None
     ) -> Float[Array, "b t p d"]:
-        """Tokens at the entry of the first block."""
+        """Tokens at the entry of the first block: rounded to `dtype`, in the stream's own."""
         tokens = self.patch(latents.astype(self.config.dtype))
-        return tokens if base is None else tokens + base
+        tokens = tokens if base is None else tokens + base
+        return tokens.astype(self.config.residual_dtype)
 
     def precompute(self, condition: Condition) -> Prepared:
         """Everything that does not depend on the noise level: pass it in place of the condition.
@@ -318,12 +322,12 @@ class WorldDiT(nnx.Module):
             context = None if cached is None else attend.context.layer(*cached)
             x, kv = block(x, block_time, *own, table, attend, context)
             x = constrain_tokens(x)
-            features = features.at[slot].set(x) if depths else None
+            features = features.at[slot].set(x.astype(features.dtype)) if depths else None
             return (x, features), kv if return_kv else None
 
         cached = None if attend.context is None else (attend.context.keys, attend.context.values)
         x = constrain_tokens(self.embed_latents(latents, base))
-        features = jnp.zeros((len(depths) + 1, *x.shape), x.dtype) if depths else None
+        features = jnp.zeros((len(depths) + 1, *x.shape), config.dtype) if depths else None
         layers = (self.blocks, prepared, cached, slots if depths else None)
         (x, features), kv = jax.lax.scan(rematerialised(body, config.remat), (x, features), layers)
         velocity = unpatchify(self.head(x, head_time), height, width, config.patch)

@@ -20,7 +20,7 @@ from jaxtyping import Array, Float, Float32
 from lingbot_jax import axes as ax
 from lingbot_jax.models.params import Initializer, ones, param, zeros
 from lingbot_jax.models.rope import cos_sin
-from lingbot_jax.parallel.sharding import gathered, is_split, linear, matmul
+from lingbot_jax.parallel.sharding import gathered, is_split, linear, matmul, precision_of
 
 Activation = Callable[[jax.Array], jax.Array]
 
@@ -137,7 +137,9 @@ class PatchEmbedding(nnx.Module):
         kernel = kernel.reshape(-1, kernel.shape[-1])
         patches = patchify(x, self.patch)
         # Split over devices, p must not be joined with other axes.
-        return patches @ kernel if is_split() else matmul(patches, kernel)
+        if is_split():
+            return jnp.matmul(patches, kernel, precision=precision_of(x.dtype))
+        return matmul(patches, kernel)
 
     def __call__(self, x: Float[Array, "b t h w c"]) -> Float[Array, "b t p d"]:
         return self.project(x) + gathered(self.bias, x.dtype)

@@ -18,6 +18,7 @@ from jaxtyping import Array, Float, Float32, Int
 
 FINE = 1024  # rows of the table of units
 COARSE = 64  # rows of the table of FINE units: positions below 65,536, more than four hours of video
+POSITIONS = FINE * COARSE
 
 Rotary = tuple[Float32[Array, "*n r"], Float32[Array, "*n r"]]  # cosines and sines, r = head_dim / 2
 

@@ -33,7 +33,7 @@ from lingbot_jax.axes import Placeholder
 from lingbot_jax.config import ConfigError
 from lingbot_jax.models import params
 from lingbot_jax.models.config import NgramConfig, TextConfig, UMT5Config
-from lingbot_jax.parallel.sharding import constrain_batch, gathered, take_rows
+from lingbot_jax.parallel.sharding import constrain_batch, gathered, precision_of, take_rows
 
 CACHED_TEXTS = 4096  # tokenized texts kept on the host, the latest ones; umT5's are 2.5 KB each
 
@@ -207,18 +207,21 @@ class UMT5Block(nnx.Module):
 
     def __call__(self, x: Float[Array, "b l d"], mask: Bool[Array, "b l"] | None) -> Float[Array, "b l d"]:
         use = lambda name: gathered(getattr(self, name), x.dtype)
+        precision = precision_of(x.dtype)
+        product, einsum = (functools.partial(f, precision=precision) for f in (jnp.matmul, jnp.einsum))
         heads = lambda y: y.reshape(*y.shape[:2], self.config.heads, self.config.head_dim)
         y = self.norm1(x)
-        q, k, v = (heads(y @ use(name)) for name in ("q", "k", "v"))
-        logits = jnp.einsum("bnhk,bmhk->bhnm", q, k, preferred_element_type=jnp.float32)
+        q, k, v = (heads(product(y, use(name))) for name in ("q", "k", "v"))
+        logits = einsum("bnhk,bmhk->bhnm", q, k, preferred_element_type=jnp.float32)
         logits = logits + self.position_bias(x.shape[1])
         if mask is not None:
             logits = jnp.where(mask[:, None, None, :], logits, jnp.finfo(jnp.float32).min)
         weights = jax.nn.softmax(logits).astype(x.dtype)
-        mixed = jnp.einsum("bhnm,bmhk->bnhk", weights, v).reshape(*x.shape[:2], -1)
-        x = x + mixed @ use("o")
+        mixed = einsum("bhnm,bmhk->bnhk", weights, v).reshape(*x.shape[:2], -1)
+        x = x + product(mixed, use("o"))
         y = self.norm2(x)
-        return x + (jax.nn.gelu(y @ use("gate"), approximate=True) * (y @ use("up"))) @ use("down")
+        gate = jax.nn.gelu(product(y, use("gate")), approximate=True)
+        return x + product(gate * product(y, use("up")), use("down"))
 
 
 class UMT5(nnx.Module):

@@ -10,6 +10,7 @@ as the last of a group of 4 whose other frames are filling, and `opening` (a sca
 exactly the zero padding the lone frame would see. So one program handles both kinds of call.
 """
 
+import functools
 from typing import Any
 
 import jax
@@ -26,6 +27,17 @@ Wider = Float[Array, "b t h w o"]  # the same frames with other channels
 Resized = Float[Array, "b u y x o"]  # other sizes and rates
 Past = Float[Array, "b 2 h w c"]  # what a causal convolution remembers of its input
 Caches = Any  # nested caches of several layers
+
+
+def precision_of(dtype: Any) -> jax.lax.Precision | None:
+    """Of a codec's products: three passes of a TPU for float32, which the published code computes in TF32; one would
+    round its operands to bfloat16."""
+    return jax.lax.Precision.HIGH if dtype == jnp.float32 else None
+
+
+def matmul(x: Float[Array, "*rest c"], kernel: Float[Array, "c o"]) -> Float[Array, "*rest o"]:
+    """x @ kernel, in x's dtype."""
+    return jnp.matmul(x, kernel.astype(x.dtype), precision=precision_of(x.dtype))
 
 
 def without_filling(x: Frames, opening: Opening) -> Frames:
@@ -48,6 +60,7 @@ def conv2d(
         (stride, stride),
         padding,
         dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        precision=precision_of(x.dtype),
     )
     return y.reshape(batch, frames, *y.shape[1:])
 
@@ -72,7 +85,7 @@ class Linear(nnx.Module):
         self.bias = params.param(key, (outputs,), (ax.OUTPUT,), params.zeros)
 
     def __call__(self, x: Float[Array, "*rest c"]) -> Float[Array, "*rest o"]:
-        return x @ self.kernel.astype(x.dtype) + self.bias.astype(x.dtype)
+        return matmul(x, self.kernel[...]) + self.bias.astype(x.dtype)
 
 
 class SpatialConv(nnx.Module):
@@ -149,8 +162,9 @@ class Attention(nnx.Module):
         batch, frames, height, width, channels = x.shape
         pixels = self.qkv(self.norm(x)).reshape(batch * frames, height * width, 3 * channels)
         q, k, v = jnp.split(pixels, 3, axis=-1)
-        logits = jnp.einsum("bnc,bmc->bnm", q, k, preferred_element_type=jnp.float32) * channels**-0.5
-        mixed = jnp.einsum("bnm,bmc->bnc", jax.nn.softmax(logits).astype(x.dtype), v)
+        product = functools.partial(jnp.einsum, precision=precision_of(x.dtype))
+        logits = product("bnc,bmc->bnm", q, k, preferred_element_type=jnp.float32) * channels**-0.5
+        mixed = product("bnm,bmc->bnc", jax.nn.softmax(logits).astype(x.dtype), v)
         return x + self.out(mixed.reshape(x.shape))
 
 
@@ -192,8 +206,8 @@ class Downsample(nnx.Module):
         if not hasattr(self, "time"):
             return x, cache
         seen = jnp.concatenate([cache, x], axis=1)
-        frames, kernel = x.shape[1], self.time.kernel.astype(x.dtype)[:, 0, 0]
-        y = sum(seen[:, tap : tap + frames : 2] @ kernel[tap] for tap in range(3))
+        frames, kernel = x.shape[1], self.time.kernel[:, 0, 0]
+        y = sum(matmul(seen[:, tap : tap + frames : 2], kernel[tap]) for tap in range(3))
         y = y + self.time.bias.astype(x.dtype)
         if opening is not None:
             y = jnp.where(opening, x[:, 1::2], y)  # the lone first frame passes through unchanged

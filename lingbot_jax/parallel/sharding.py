@@ -165,9 +165,15 @@ def gathered(parameter: nnx.Param, dtype: Any = None) -> jax.Array:
     return gather(sharded)
 
 
+def precision_of(dtype: Any) -> jax.lax.Precision | None:
+    """Of a product whose operands have this dtype: without it TPUs round float32 operands to bfloat16."""
+    return jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None
+
+
 def matmul(x: jax.Array, kernel: jax.Array) -> jax.Array:
     """x @ kernel with leading axes joined: XLA:CPU then forms the kernel's gradient in place, without copies."""
-    return (x.reshape(-1, x.shape[-1]) @ kernel).reshape(*x.shape[:-1], -1)
+    rows = x.reshape(-1, x.shape[-1])
+    return jnp.matmul(rows, kernel, precision=precision_of(x.dtype)).reshape(*x.shape[:-1], -1)
 
 
 @jax.custom_vjp

@@ -19,6 +19,7 @@ from lingbot_jax.config import require
 from lingbot_jax.diffusion import guidance, solvers
 from lingbot_jax.diffusion.flow import add_noise, x0_from_velocity
 from lingbot_jax.diffusion.schedule import FewSteps
+from lingbot_jax.models import rope
 from lingbot_jax.models.attention import KV, Attend
 from lingbot_jax.models.config import DiTConfig
 from lingbot_jax.models.dit import Condition, Prepared, WorldDiT
@@ -46,6 +47,12 @@ def cache_layout(
         )
     require(frames is not None, "causal.window", None, "play without a window needs a length")
     return CacheLayout(frames, 0, rows, columns, config.positions)
+
+
+def check_length(config: CausalConfig, frames: int) -> None:
+    """Raises ConfigError if absolute positions end before that many latent frames; relative ones never do."""
+    fits = config.positions == "relative" or frames <= rope.POSITIONS
+    require(fits, "causal.positions", "absolute", f"must be relative beyond {rope.POSITIONS} latent frames")
 
 
 def draw_noise(

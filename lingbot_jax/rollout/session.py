@@ -27,7 +27,7 @@ from lingbot_jax.control import keyboard, plucker, poses
 from lingbot_jax.models.codec import Stream, to_float
 from lingbot_jax.parallel import multihost
 from lingbot_jax.parallel.mesh import BATCH_AXES
-from lingbot_jax.rollout import device
+from lingbot_jax.rollout import causal, device
 from lingbot_jax.rollout.device import DeviceState
 from lingbot_jax.worlds.condition import conditioning_frames
 from lingbot_jax.worlds.config import CausalConfig, KeyboardConfig, WorldConfig
@@ -50,8 +50,8 @@ class SessionConfig:
         description="world units that count as 1 in the camera embedding; None: a latent frame's walk, or 1 (metric)",
     )
     conditioning_frames: Annotated[int, Field(ge=1, le=4096)] = Field(
-        21,
-        description="latent frames (the image, then grey) encoded at the start; later frames are as the last",
+        31,
+        description="latent frames (the image, then grey) encoded at the start; later ones are as the last",
     )
 
     def __post_init__(self):
@@ -203,6 +203,7 @@ class Session:
         state, config = self._running(), self.config.causal
         keys = np.asarray(keys)
         n, opening = self.transitions, state.host.chunk == 0
+        causal.check_length(config, (state.host.chunk + 1) * config.chunk)
         keys = np.tile(keys, (n, 1)) if keys.ndim == 1 else keys
         require(keys.shape == (n, 8), "keys", keys.shape, f"must be ({n}, 8) or (8,)")
         if n:

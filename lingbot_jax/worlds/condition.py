@@ -9,6 +9,7 @@ Three parts come together in `make_condition`:
 """
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -89,8 +90,9 @@ def camera_window(pose: PoseConfig, camera: Camera, first: Int[Array, ""] | int,
     turn, place = poses[..., :3, :3], poses[..., :3, 3]
     if pose.reference == "first":
         back = turn[:, :1].mT
-        place = (back @ (place - place[:, :1])[..., None])[..., 0]
-        turn = back @ turn
+        product = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
+        place = product(back, (place - place[:, :1])[..., None])[..., 0]
+        turn = product(back, turn)
     place, turn = place.at[:, 0].set(0.0), turn.at[:, 0].set(jnp.eye(3))
     if pose.translation == "max_norm":
         largest = jnp.linalg.norm(place, axis=-1).max(axis=1)[:, None, None]

@@ -77,7 +77,7 @@ def condition_of(case: Case, config: DiTConfig, suffix: str = "", control: bool 
 
 @jax.jit
 def taps(model: WorldDiT, latents, timestep, condition: Condition) -> dict[str, jax.Array]:
-    """Intermediate tokens `1 n d` of a forward pass, layer by layer instead of by scan, and its output."""
+    """Intermediate tokens `1 n d` of a forward pass, and its output."""
     text, control = model.embed_text(condition.text), model.embed_control(condition.control)
     _, frames, height, width, _ = latents.shape
     _, rows, columns = model.config.patch
@@ -91,11 +91,14 @@ def taps(model: WorldDiT, latents, timestep, condition: Condition) -> dict[str, 
     _, time = model.time(timestep if timestep.ndim == 3 else timestep[..., None])
     found = {"context_emb": text, "e0": time}
     x = found["block0_in"] = model.embed_latents(latents, model.embed_conditioning(condition))
-    for i in range(model.config.layers):
-        block = jax.tree.map(lambda p: p[i], model.blocks)  # noqa: B023 - used at once
+
+    def body(x, block):
         own = (block.prepare_text(text), block.prepare_control(control))
         x, _ = block(x, time, *own, table, Attend(), None)
-        found["block0_out" if i == 0 else "blocklast_out"] = x
+        return x, x
+
+    found["blocklast_out"], every = jax.lax.scan(body, x, model.blocks)
+    found |= {f"block{i}_out": x for i, x in enumerate(every)}
     if control is not None:
         found["cam_emb"] = control
     found = {name: y if name == "context_emb" else _join(y) for name, y in found.items()}

@@ -291,6 +291,11 @@ def test_rms_normed_inputs_take_the_fixed_max_form():
     assert fixed_max_is_safe((2.2 * q).astype(BF16), (2.2 * k).astype(BF16), v)
     assert not fixed_max_is_safe((2.3 * q).astype(BF16), (2.3 * k).astype(BF16), v)
     assert not fixed_max_is_safe(q.at[0, 0, 0, 0].set(jnp.nan).astype(BF16), k.astype(BF16), v)
+    # Each head by itself: a large q meets the small k of its own head only, and each head's values have the range.
+    q, k = q[:, :, [0, 0]] * jnp.array([[4.0], [1.0]]), k[:, :, [0, 0]] * jnp.array([[1.0], [4.0]])
+    assert fixed_max_is_safe(q.astype(BF16), k.astype(BF16), v)
+    assert not fixed_max_is_safe(q.astype(BF16), k[:, :, ::-1].astype(BF16), v)
+    assert not fixed_max_is_safe(q.astype(BF16), k.astype(BF16), v.at[:, :, 1].mul(2.0**-30))
 
 
 def test_offset_channels_hold_a_float32():

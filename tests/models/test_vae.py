@@ -123,6 +123,16 @@ def test_untrained_round_trip_keeps_shapes_and_bfloat16_is_near(vae):
     assert 0 < float(jnp.sqrt(jnp.mean(error**2))) < 0.02
 
 
+def test_a_float32_codec_is_not_rounded_to_bfloat16(vae):
+    """TPUs take one pass of bfloat16 for a float32 product that does not say how precise it is."""
+    video = jax.ShapeDtypeStruct((1, 5, 16, 16, 3), jnp.float32)
+    program = jax.jit(lambda vae, video: vae.decode(vae.encode(video))).trace(vae, video)
+    lines = program.lower(lowering_platforms=("tpu",)).as_text().splitlines()
+    products = [line for line in lines if "stablehlo.dot_general" in line or "stablehlo.convolution" in line]
+    assert len(products) > 20
+    assert all("[HIGH, HIGH]" in line or line.count("precision HIGH>") == 2 for line in products)
+
+
 def test_wrong_sizes_are_named(vae):
     with pytest.raises(ConfigError, match="video height = 20: must be a multiple of 8"):
         vae.init_encode_stream(1, 20, 16)

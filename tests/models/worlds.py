@@ -6,9 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lingbot_jax.convert.names import expand
+from lingbot_jax.convert.names_dit import dit_table
 from lingbot_jax.models import params
 from lingbot_jax.models.config import DiTConfig
 from lingbot_jax.models.dit import Condition, WorldDiT
+from tests.models import numpy_dit
 
 CONFIG = DiTConfig(
     dim=48,
@@ -67,3 +70,31 @@ def with_config(model: WorldDiT, config: DiTConfig) -> WorldDiT:
     """The same parameters under another config of the same sizes."""
     structure = jax.tree.structure(params.abstract(lambda key: WorldDiT(config, key)))
     return jax.tree.unflatten(structure, jax.tree.leaves(model))
+
+
+def published(model: WorldDiT) -> numpy_dit.Arrays:
+    """Our parameters under the published names."""
+    flat = {name: np.asarray(p[...]) for name, p in params.flat_params(model).items()}
+    slots = expand(dit_table(model.config), {name: p.shape for name, p in flat.items()})
+    one = lambda p, layer: p if layer is None else p[layer]
+    return {n: s.entry.to_published(one(flat[s.entry.ours], s.layer))[s.part] for n, s in slots.items()}
+
+
+def described(config: DiTConfig) -> dict:
+    """What a golden case says of a network with a camera."""
+    named = {"num_layers": config.layers, "num_heads": config.heads, "ffn_dim": config.ffn}
+    channels = {"in_dim": config.in_channels, "out_dim": config.latent_channels, "control_dim": 6}
+    same = {n: getattr(config, n) for n in ("dim", "freq_dim", "text_dim", "text_len", "eps")}
+    return named | channels | same | {"model_type": "i2v"}
+
+
+def sample_of(model: WorldDiT) -> numpy_dit.Sample:
+    """The model and the first sample of `inputs`, for the reference."""
+    latents, timestep, condition = inputs(model.config)
+    first = lambda x: np.moveaxis(np.asarray(x[0]), -1, 0)
+    known = np.concatenate([first(condition.mask), first(condition.image)])
+    times = np.repeat(np.asarray(timestep[0]), TOKENS)
+    text, camera = np.asarray(condition.text[0]), first(condition.control)
+    return numpy_dit.Sample(
+        described(model.config), published(model), first(latents), times, known, text, camera
+    )

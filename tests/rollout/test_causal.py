@@ -127,6 +127,28 @@ def test_relative_positions_without_a_sink_give_the_same_velocities():
     np.testing.assert_allclose(relative, absolute, atol=2e-4)
 
 
+def test_play_has_no_end():
+    """A chunk of a full window does not know how long the play has lasted: 100,000 turns of the ring change no bit."""
+    _, cache = generated(PLAY, 9)
+    turns = 100_000 * cache.layout.ring
+    late = dataclasses.replace(
+        cache,
+        frames=jnp.where(cache.frames < PLAY.sink, cache.frames, cache.frames + turns),
+        count=cache.count + turns,
+    )
+    late = jax.tree.map(jnp.copy, late)
+    noise = causal.draw_noise(jax.random.key(5), 0, (1, 2, H, W, 6), 4)
+    expected, after = generate_chunk(network(), cache, condition(2), noise, PLAY)
+    found, much_later = generate_chunk(network(), late, condition(2), noise, PLAY)
+    np.testing.assert_array_equal(found, expected)
+    np.testing.assert_array_equal(much_later.keys, after.keys)
+    assert (
+        sorted((much_later.frames - turns).tolist()[2:])
+        == sorted(after.frames.tolist()[2:])
+        == [16, 17, 18, 19]
+    )
+
+
 def test_a_window_forgets_and_a_sink_remembers():
     """Changing the first chunk's noise reaches chunk 5 through a sink, and through nothing else."""
 
@@ -183,5 +205,9 @@ def test_wrong_configurations_name_the_field():
     }.items():
         with pytest.raises(ConfigError, match=message):
             CausalConfig(**values)
+    absolute = CausalConfig(positions="absolute")
+    causal.check_length(absolute, 65536)
+    with pytest.raises(ConfigError, match="positions = 'absolute': must be relative beyond 65536"):
+        causal.check_length(absolute, 65539)
     with pytest.raises(ConfigError, match="causal.window = None: play without"):
         causal.cache_layout(CausalConfig(window=None, sink=0), TINY, H, W)
