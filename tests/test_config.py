@@ -11,7 +11,7 @@ from typing import Literal
 import pytest
 from pydantic import Field
 
-from experiments.configs.schema import EvaluateConfig, FitCodecConfig
+from experiments.configs.schema import EncodeConfig, EvaluateConfig, FitCodecConfig
 from lingbot_jax.config import (
     ConfigError,
     Inside,
@@ -122,6 +122,7 @@ GENERATE = {"run": "r", "image": "i", "prompt": "p", "out": "o", "keys": "w-1"}
 STARTS = {
     "tiny.py:collect": (CollectConfig, lambda: values_of(named("tiny.py")("collect"))),
     "tiny.py:codec": (FitCodecConfig, lambda: values_of(named("tiny.py")("codec"))),
+    "tiny.py:encode": (EncodeConfig, lambda: values_of(named("tiny.py")("encode"))),
     "tiny.py:world": (TrainConfig, lambda: values_of(named("tiny.py")("world"))),
     "tiny.py:action": (TrainConfig, lambda: values_of(named("tiny.py")("action"))),
     "tiny.py:causal": (TrainConfig, lambda: values_of(named("tiny.py")("causal"))),

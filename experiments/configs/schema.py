@@ -6,11 +6,11 @@ from pydantic import Field
 
 from lingbot_jax.config import Count, NonNegative, Path, Positive, PositiveInt, Seed, config, require
 from lingbot_jax.data.config import DataConfig
+from lingbot_jax.data.latents import Caption, Conditioning, CropFrames, Side
 from lingbot_jax.diffusion.guidance import Scale
 from lingbot_jax.diffusion.solvers import SolverName
-from lingbot_jax.models.config import ConvCodecConfig, LinearCodecConfig
-
-Side = Annotated[int, Field(gt=0, le=16384)]
+from lingbot_jax.models.config import ConvCodecConfig, LinearCodecConfig, TextConfig
+from lingbot_jax.parallel.mesh import MeshConfig
 
 
 @config
@@ -36,6 +36,41 @@ class FitCodecConfig:
     )
     seed: Seed = Field(0, description="conv: of the networks and the noise")
     held_out: PositiveInt = Field(64, description="held-out clips that its reconstruction is measured on")
+
+
+@config
+class EncodeConfig:
+    """Of experiments.encode."""
+
+    out: Path = Field(description="folder of the latents, local or gs://")
+    data: DataConfig = Field(description="the clips: path, frames of a crop, and batch, how many at a time")
+    codec: Path = Field(description="bundle or run that codec and text encoder are read from")
+    text: TextConfig | None = Field(None, description="the text encoder; None: as codec has it")
+    grid: CropFrames | None = Field(
+        None,
+        description="frames between the first frames of two crops of a clip; None: data.frames, no overlap",
+    )
+    size: tuple[Side, Side] | None = Field(
+        None, description="height, width that video is scaled and cropped to; None: as stored"
+    )
+    conditioning: Conditioning = Field(
+        5, description="latent conditioning frames at most, as tasks.max_conditioning_frames"
+    )
+    caption: Caption = Field("static", description="the caption that is encoded, as world.caption")
+    temporal: bool = Field(
+        False, description="also with each temporal caption behind it, as tasks.caption = temporal needs"
+    )
+    chunk: PositiveInt = Field(8, description="latent frames that go through the codec at a time")
+    text_bytes: Annotated[int, Field(ge=0, le=2**40)] = Field(
+        2**30, description="of encoded texts kept in memory; a text that is kept is not encoded again"
+    )
+    mesh: MeshConfig = Field(MeshConfig(), description="how the devices of a process share the crops")
+
+    def __post_init__(self):
+        given = self.data.mixture
+        require(
+            not given, "data.mixture", given, "must be empty: encode each data set into a folder of its own"
+        )
 
 
 @config

@@ -2,10 +2,11 @@
 
 One argument names the experiment; `make demo` runs collect, codec, world, action and evaluate in this order,
 under runs/demo. `causal` makes of the action world one that is played chunk after chunk, `distill` lets it learn
-from its own rollouts:
+from its own rollouts. `encode` is optional: it makes latents of the clips, which training takes in their place:
 
     python -m experiments.collect   --config=experiments/configs/tiny.py:collect
     python -m experiments.fit_codec --config=experiments/configs/tiny.py:codec
+    python -m experiments.encode    --config=experiments/configs/tiny.py:encode
     python -m experiments.train     --config=experiments/configs/tiny.py:world
     python -m experiments.train     --config=experiments/configs/tiny.py:action
     python -m experiments.evaluate  --config=experiments/configs/tiny.py:evaluate
@@ -17,7 +18,7 @@ from its own rollouts:
 
 from ml_collections import ConfigDict
 
-from experiments.configs.schema import CompareConfig, EvaluateConfig, FitCodecConfig
+from experiments.configs.schema import CompareConfig, EncodeConfig, EvaluateConfig, FitCodecConfig
 from lingbot_jax.config import template
 from lingbot_jax.engine.collect.config import CollectConfig
 from lingbot_jax.training.config import TrainConfig
@@ -79,6 +80,12 @@ def _collect() -> ConfigDict:
 def _codec() -> ConfigDict:
     data = _data() | {"frames": 9, "batch": 8}
     return template(FitCodecConfig, {"out": f"{ROOT}/codec", "data": data, "codec": CODEC, "steps": 300})
+
+
+def _encode() -> ConfigDict:
+    """For the stages world and action, with --config.data.path=runs/demo/latents."""
+    made = {"out": f"{ROOT}/latents", "data": _data(), "codec": f"{ROOT}/codec", "text": WORLD["text"]}
+    return template(EncodeConfig, made | {"caption": WORLD["caption"], "grid": 8})
 
 
 def _train(stage: str, steps: int, **fields: object) -> ConfigDict:
@@ -185,6 +192,7 @@ def get_config(experiment: str = "world") -> ConfigDict:
     made = {
         "collect": _collect,
         "codec": _codec,
+        "encode": _encode,
         "world": lambda: _train("world", 1100),
         "action": lambda: _train("action", 100, init=f"{ROOT}/world"),
         "causal": _causal,

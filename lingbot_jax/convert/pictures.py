@@ -58,11 +58,14 @@ def _run_config(contents: Contents) -> TrainConfig:
 
 
 def _of_run(count: int, contents: Contents) -> Starts:
-    from lingbot_jax.data.records import ErrorBudget, Records, find_shards  # needs an extra
+    from lingbot_jax.data.latents import read_manifest  # needs an extra
+    from lingbot_jax.data.records import ErrorBudget, Records, find_shards
     from lingbot_jax.data.schema import ClipError, decode
 
     run = _run_config(contents)
-    records = Records(find_shards(run.data.path, "held_out"), ErrorBudget(run.data.max_bad_records))
+    latents = read_manifest(run.data.path)  # knows which clips it was made of
+    folder = run.data.path if latents is None else latents.clips
+    records = Records(find_shards(folder, "held_out"), ErrorBudget(run.data.max_bad_records))
     clips = []
     for i in np.linspace(0, len(records) - 1, min(len(records), count * LOOKED_AT)).astype(int):
         blob = records[int(i)]

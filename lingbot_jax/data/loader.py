@@ -15,6 +15,11 @@ A batch is a dict of arrays (b crops of f frames):
     temporal: text [b f], what happens at each frame, empty where nothing is said
 
 `scene` is the static caption, and what the scene has become by the end of the crop ("... It is night.").
+A data set of latents (`data.latents`) has the same rows; its crops begin where they were encoded, and in place of
+frames there are:
+
+    latents, image  [b t h w c]   of the crop, and of its conditioning frames      known  int32 [b], how many these are
+    text            float32 [b n l d], of the n texts that the run reads
 """
 
 import dataclasses
@@ -27,14 +32,15 @@ import grain
 import numpy as np
 from grain.experimental import ThreadPrefetchIterDataset
 
-from lingbot_jax.config import ConfigError
+from lingbot_jax.config import ConfigError, require
 from lingbot_jax.data.config import DataConfig, MixtureConfig
+from lingbot_jax.data.latents import LatentRecords, Reading, read_manifest
 from lingbot_jax.data.records import DataError, ErrorBudget, Records, find_shards
-from lingbot_jax.data.schema import ClipError, decode
+from lingbot_jax.data.schema import ClipError, Recording, decode
 
 Batch = dict[str, Any]
 Transform = Callable[[Batch], Batch]
-_ARRAYS = ("frames", "keys", "c2w", "intrinsics")
+_TRACK = ("keys", "c2w", "intrinsics")
 _TEXTS = ("narrative", "static", "scene", "temporal", "record_ids")
 _ORDER, _CROP, _REPLACEMENT = range(3)  # purposes of randomness
 _ENDLESS = 2**48  # rows of a stream
@@ -43,18 +49,30 @@ _ENDLESS = 2**48  # rows of a stream
 class Dataset:
     """The clips of a split, by step and row; see the module docstring. Safe to share among threads.
 
+    Args:
+      reading: what is read of latents; None: the data must be clips.
+
     Attributes:
       mix: data set and place in it, by the index of a row; reads no record.
+      latents: the manifest of every data set, if it holds latents.
 
     Raises:
       DataError: no complete data set in the folder, fewer clips than a batch, or (also while reading) more bad
         records than `config.max_bad_records`.
+      ConfigError: latents that are not finished, or where there must be clips, or beside clips.
     """
 
-    def __init__(self, config: DataConfig, split: str = "train"):
-        self.config = config
+    def __init__(self, config: DataConfig, split: str = "train", reading: Reading | None = None):
+        self.config, self._reading = config, reading
         budget = ErrorBudget(config.max_bad_records)
-        self._parts = [_open(part, i, config, split, budget) for i, part in enumerate(config.parts())]
+        self._parts = [
+            _open(part, i, config, split, budget, reading) for i, part in enumerate(config.parts())
+        ]
+        self.latents = tuple(part.manifest for part in self._parts if isinstance(part, LatentRecords))
+        if self.latents and len(self.latents) < len(self._parts):
+            raise ConfigError(
+                "config.data.mixture: clips and latents; encode all data sets (experiments.encode), or none"
+            )
         readable = sum(records.readable for records in self._parts)
         if readable < config.batch:
             raise DataError(
@@ -74,7 +92,8 @@ class Dataset:
         own, count = [part] if part else [], len(self._parts[part])
         epoch, place = divmod(place, count)
         record = self._order(part, epoch)[place]
-        while (made := self.crop(record, [seed, _CROP, epoch, record, *own], part)) is None:
+        known = self._reading.known(step)[row] if self.latents else None
+        while (made := self.crop(record, [seed, _CROP, epoch, record, *own], part, known)) is None:
             draw = np.random.default_rng([seed, _REPLACEMENT, step, row, attempt, *own])
             record, attempt = int(draw.integers(count)), attempt + 1
         return made
@@ -83,10 +102,15 @@ class Dataset:
         """A batch of those rows of `step`. Raises DataError, also for clips of different sizes."""
         return stack([self.row(step, row) for row in rows])
 
-    def crop(self, record: int, seed: Sequence[int] | None, part: int = 0) -> Batch | None:
+    def crop(
+        self, record: int, seed: Sequence[int] | None, part: int = 0, known: int | None = None
+    ) -> Batch | None:
         """A crop of a record of data set `part`, from a frame that `seed` says, or its first.
 
         None if the record is bad and the budget is not spent.
+
+        Args:
+          known: of latents: how many latent frames are conditioning frames.
         """
         records = self._parts[part]
         blob = records[record]
@@ -94,6 +118,8 @@ class Dataset:
             return None
         frames, name = self.config.frames, records.name(record)
         try:
+            if isinstance(records, LatentRecords):
+                return self._latents(records, record, blob, int(known))
             clip = decode(blob)
             last = max(0, len(clip) - frames)
             start = 0 if seed is None else int(np.random.default_rng(seed).integers(last + 1))
@@ -101,11 +127,18 @@ class Dataset:
         except ClipError as error:
             records.budget.report(name, str(error))
             return None
-        arrays = {a: getattr(clip, a) for a in _ARRAYS}
-        told = clip.captions
-        texts = {"narrative": told.narrative, "static": told.static, "scene": told.scene(clip.timestamps[-1])}
-        texts["temporal"] = told.at(clip.timestamps)
-        return arrays | texts | {"record_ids": f"{name}:{start}"}
+        return {"frames": clip.frames} | _told(clip) | {"record_ids": f"{name}:{start}"}
+
+    def _latents(self, records: LatentRecords, record: int, blob: bytes, known: int) -> Batch:
+        """A crop of latents, from its first frame. Raises ClipError: the record, or one that belongs to it, is bad."""
+        crop, frames = records.decode(blob), self.config.frames
+        t = (frames - 1) // records.manifest.stride + 1
+        crop = dataclasses.replace(crop, latents=crop.latents[:t], **crop.cut(0, frames))
+        told = _told(crop)
+        image = records.conditioning(record, crop.latents, known)
+        text = records.text(record, crop, self._reading.texts(told))
+        made = {"latents": crop.latents, "image": image, "text": text, "known": np.int32(known)}
+        return made | told | {"record_ids": f"{records.name(record)}:{crop.start}"}
 
     @functools.lru_cache(maxsize=64)  # noqa: B019 - a data set lives as long as its program
     def _order(self, part: int, epoch: int) -> grain.MapDataset[int]:
@@ -115,10 +148,30 @@ class Dataset:
         return grain.MapDataset.range(len(self._parts[part])).shuffle(int(seed))
 
 
-def _open(part: MixtureConfig, index: int, config: DataConfig, split: str, budget: ErrorBudget) -> Records:
+def _told(clip: Recording) -> Batch:
+    """What a crop has beside its pictures."""
+    told = clip.captions
+    texts = {"narrative": told.narrative, "static": told.static, "scene": told.scene(clip.timestamps[-1])}
+    return {a: getattr(clip, a) for a in _TRACK} | texts | {"temporal": told.at(clip.timestamps)}
+
+
+def _open(
+    part: MixtureConfig,
+    index: int,
+    config: DataConfig,
+    split: str,
+    budget: ErrorBudget,
+    reading: Reading | None,
+) -> Records:
     """The records of one data set; where there are several, their names begin with its path."""
     field = f"config.data.mixture[{index - 1}].path" if index else "config.data.path"
-    return Records(find_shards(part.path, split, field), budget, f"{part.path}/" if config.mixture else "")
+    within = f"{part.path}/" if config.mixture else ""
+    manifest = read_manifest(part.path, field)
+    if manifest is None:
+        return Records(find_shards(part.path, split, field), budget, within)
+    own = f"holds latents; this needs clips, as those they are of, {manifest.clips}"
+    require(reading is not None, field, part.path, own)
+    return LatentRecords(part.path, split, manifest, budget, within, field)
 
 
 def _mix(weights: Sequence[float]) -> grain.MapDataset[tuple[int, int]]:
@@ -135,12 +188,13 @@ def stack(crops: Sequence[Batch]) -> Batch:
     Raises:
       DataError: clips of different sizes.
     """
-    sizes = {c["frames"].shape: c["record_ids"] for c in crops}
+    pictures = "latents" if "latents" in crops[0] else "frames"
+    sizes = {c[pictures].shape: c["record_ids"] for c in crops}
     if len(sizes) > 1:
         (one, a), (other, b), *_ = sizes.items()
         raise DataError(f"clips of different sizes: {a} has {one[1:3]}, {b} has {other[1:3]} pixels")
-    batch = {name: np.stack([c[name] for c in crops]) for name in _ARRAYS}
-    return batch | {name: np.array([c[name] for c in crops]) for name in _TEXTS}
+    texts = {name: np.array([c[name] for c in crops]) for name in _TEXTS}
+    return {name: np.stack([c[name] for c in crops]) for name in crops[0] if name not in texts} | texts
 
 
 @dataclasses.dataclass(frozen=True)

@@ -4,13 +4,14 @@ A shard is `<split>-00003-of-00012.array_record`, one clip a record and one reco
 that any record is one read: of a local file or, by ArrayRecord's own client, of an object in gs://.
 """
 
+import contextlib
 import hashlib
 import json
 import logging
 import os
 import re
 import threading
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -40,11 +41,18 @@ def write_shard(path: epath.PathLike, records: Iterable[bytes], compression: str
     Args:
       compression: "uncompressed", or an ArrayRecord codec such as "zstd:3".
     """
+    with open_shard(path, compression) as write:
+        for record in records:
+            write(record)
+
+
+@contextlib.contextmanager
+def open_shard(path: epath.PathLike, compression: str = "uncompressed") -> Iterator[Callable[[bytes], None]]:
+    """A function that writes a record; `path` exists, whole, once the block has ended well (`write_shard`)."""
     with whole_file(path) as partial:
         writer = ArrayRecordWriter(str(partial), f"group_size:1,{compression}")
         try:
-            for record in records:
-                writer.write(record)
+            yield writer.write
         finally:
             writer.close()
 
@@ -115,11 +123,30 @@ class ErrorBudget:
         self._limit = min(self._limit, len(self._seen) + records - 1)
 
 
+class Readers:
+    """Reads single records of any shards: one open reader a thread and shard, since readers are not safe to share."""
+
+    def __init__(self):
+        self._local = threading.local()
+
+    def read(self, path: epath.Path, index: int) -> bytes:
+        """Raises DataError: the record is damaged or not there."""
+        readers = self._local.__dict__.setdefault("readers", {})
+        try:
+            if path not in readers:
+                readers[path] = ArrayRecordReader(str(path), "readahead_buffer_size:0")
+            return readers[path].read([index])[0]
+        except (RuntimeError, ValueError, IndexError) as error:
+            # Riegeli reports damage in paragraphs: keep the first words.
+            raise DataError(re.split(r"[;,(]", str(error), maxsplit=1)[0].strip()) from None
+
+
 class Records:
     """Random access to the raw records of some shards, across all of them.
 
     A shard that cannot be opened (cut off, foreign, no regular file) is one fault. Its records keep their numbers
-    where dataset.json knows how many they are, so that the order of the others does not depend on it.
+    where dataset.json knows how many they are, so that the order of the others does not depend on it. A shard that is
+    meant to have none has none.
 
     Args:
       within: stands before the names of shards, where there are several data sets.
@@ -131,21 +158,20 @@ class Records:
     def __init__(self, shards: Iterable[epath.PathLike], budget: ErrorBudget, within: str = ""):
         self.budget, self._within = budget, within
         self.readable = 0
-        self._local = threading.local()
+        self.readers = Readers()
         self._index: list[tuple[epath.Path, int]] = []
         self._closed: set[epath.Path] = set()
         for path in map(epath.Path, shards):
             reader = _open(path)
-            if reader is None:
+            count = _promised(path) if reader is None else reader.num_records()
+            if reader is None and count != 0:
                 advice = "not a whole ArrayRecord file; delete it and run the collector again"
                 budget.report(within + path.name, advice)
-                count = _promised(path)
                 self._closed.add(path)
-            else:
-                count = reader.num_records()
+            elif reader is not None:
                 self.readable += count
                 reader.close()
-            self._index += [(path, i) for i in range(count)]
+            self._index += [(path, i) for i in range(count or 0)]
         if not self.readable:
             raise DataError("no shard holds a readable record; collect the data again")
         budget.leave_one_of(self.readable)
@@ -164,22 +190,18 @@ class Records:
         Raises:
           DataError: the budget is spent.
         """
-        path, index = self._index[i]
+        path, index = self.place(i)
         if path in self._closed:
             return None
         try:
-            return self._reader(path).read([index])[0]
-        except (RuntimeError, IndexError) as error:
-            # Riegeli reports damage in paragraphs: keep the first words.
-            self.budget.report(self.name(i), re.split(r"[;,(]", str(error), maxsplit=1)[0].strip())
+            return self.readers.read(path, index)
+        except DataError as error:
+            self.budget.report(self.name(i), str(error))
             return None
 
-    def _reader(self, path: epath.Path) -> ArrayRecordReader:
-        """One open reader a thread and shard: readers are not safe to share."""
-        readers = self._local.__dict__.setdefault("readers", {})
-        if path not in readers:
-            readers[path] = ArrayRecordReader(str(path), "readahead_buffer_size:0")
-        return readers[path]
+    def place(self, i: int) -> tuple[epath.Path, int]:
+        """The shard of record i, and which of its records it is."""
+        return self._index[i]
 
 
 def _open(path: epath.Path) -> ArrayRecordReader | None:
@@ -193,11 +215,21 @@ def _open(path: epath.Path) -> ArrayRecordReader | None:
     return reader if reader.ok() and reader.num_records() > 0 else None
 
 
-def _promised(path: epath.Path) -> int:
-    """How many records a shard has by its data set's dataset.json; 0 if that says nothing."""
+def _promised(path: epath.Path) -> int | None:
+    """How many records a shard has by its data set's dataset.json; None if that says nothing."""
     try:
         splits: dict[str, Any] = json.loads((path.parent / DATASET).read_text())["splits"]
         count = splits[_NAME.fullmatch(path.name)["split"]]["shards"][path.name]["clips"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return None
+    return count if isinstance(count, int) and 0 <= count < 2**24 else None
+
+
+def record_count(path: epath.PathLike) -> int:
+    """How many records a whole shard has; 0 also of one that cannot be opened."""
+    reader = _open(epath.Path(path))
+    if reader is None:
         return 0
-    return count if isinstance(count, int) and 0 < count < 2**24 else 0
+    count = reader.num_records()
+    reader.close()
+    return count

@@ -14,7 +14,7 @@ import dataclasses
 import json
 import math
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import pydantic_core
@@ -31,15 +31,19 @@ RIGID = 1e-6  # allowed deviation of R^T R from the identity; poses are float64
 FAR = 1e6  # world units, pixels, seconds: nothing is larger in a recording, and its squares stay finite in float32
 HEADER_LIMIT = 2**24  # bytes of a record's header: captions of some megabytes are a mistake
 
-# name -> (dtype, dimensions): a letter is a size shared by the arrays, a number is fixed.
-ARRAYS: dict[str, tuple[str, tuple[str | int, ...]]] = {
-    "frames": ("uint8", ("f", "h", "w", 3)),
+# name -> (dtypes, dimensions): a letter is a size shared by the arrays, a number is fixed.
+Table = Mapping[str, tuple[str, tuple[str | int, ...]]]
+TRACK: Table = {
     "keys": ("uint8", ("f", 8)),
     "c2w": ("float64", ("f", 4, 4)),
     "intrinsics": ("float32", ("f", 4)),
     "timestamps": ("float64", ("f",)),
 }
-_DTYPES = {"U8": "uint8", "F32": "float32", "F64": "float64"}  # safetensors -> NumPy
+ARRAYS: Table = {"frames": ("uint8", ("f", "h", "w", 3)), **TRACK}
+_DTYPES = {"U8": "uint8", "F16": "float16", "F32": "float32", "F64": "float64"}  # safetensors -> NumPy
+
+
+R = TypeVar("R", bound="Recording")
 
 
 class ClipError(ConfigError):
@@ -76,8 +80,8 @@ class Captions:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Clip:
-    """One recording. Arrays as in the module docstring.
+class Recording:
+    """What is recorded of a clip beside its pictures. Arrays as in the module docstring.
 
     Attributes:
       clip_id: unique in its data set. source: which game or recorder made it. split: see SPLITS.
@@ -86,7 +90,6 @@ class Clip:
       extra: JSON values that the source wants to keep (engine version, units, ...).
     """
 
-    frames: UInt8[np.ndarray, "f h w 3"]
     keys: UInt8[np.ndarray, "f 8"]
     c2w: Float64[np.ndarray, "f 4 4"]
     intrinsics: Float[np.ndarray, "f 4"]
@@ -102,10 +105,11 @@ class Clip:
     extra: Mapping[str, Any]
 
     def __len__(self) -> int:
-        return len(self.frames)
+        """Video frames."""
+        return len(self.keys)
 
-    def crop(self, start: int, frames: int) -> "Clip":
-        """The clip of frames start .. start + frames, with views of the arrays; its key row 0 is zeroed.
+    def cut(self, start: int, frames: int) -> dict[str, np.ndarray]:
+        """The arrays of TRACK of frames start .. start + frames, views but for the keys, whose row 0 is zeroed.
 
         Raises:
           ClipError: the clip is shorter.
@@ -114,10 +118,22 @@ class Clip:
             start >= 0 and start + frames <= len(self),
             f"clip {self.clip_id} has {len(self)} frames: cannot give {frames} from frame {start}",
         )
-        cut = {name: getattr(self, name)[start : start + frames] for name in ARRAYS}
+        cut = {name: getattr(self, name)[start : start + frames] for name in TRACK}
         cut["keys"] = cut["keys"].copy()
         cut["keys"][0] = 0
-        return dataclasses.replace(self, **cut)
+        return cut
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Clip(Recording):
+    """One recording with its pictures."""
+
+    frames: UInt8[np.ndarray, "f h w 3"]
+
+    def crop(self, start: int, frames: int) -> "Clip":
+        """The clip of frames start .. start + frames, as `cut`. Raises ClipError: the clip is shorter."""
+        cut = self.cut(start, frames)
+        return dataclasses.replace(self, frames=self.frames[start : start + frames], **cut)
 
 
 def _check(ok: Any, message: str) -> None:
@@ -125,13 +141,13 @@ def _check(ok: Any, message: str) -> None:
         raise ClipError(message)
 
 
-def validate(clip: Clip) -> None:
-    """Raises ClipError with one line unless `clip` is what the schema says."""
+def validate(clip: Recording, table: Table = ARRAYS) -> None:
+    """Raises ClipError with one line unless `clip` is what the schema says; `table`: its arrays."""
     sizes: dict[str, int] = {}
-    for name, (dtype, dims) in ARRAYS.items():
+    for name, (dtype, dims) in table.items():
         array = getattr(clip, name)
         _check(isinstance(array, np.ndarray), f"{name} is {type(array).__name__}: must be a NumPy array")
-        _check(array.dtype == dtype, f"{name} has dtype {array.dtype}: must be {dtype}")
+        _check(array.dtype.name in dtype.split(" or "), f"{name} has dtype {array.dtype}: must be {dtype}")
         wanted = [
             sizes.setdefault(d, n) if isinstance(d, str) else d
             for d, n in zip(dims, array.shape, strict=False)
@@ -160,7 +176,7 @@ def validate(clip: Clip) -> None:
     _validate_metadata(clip)
 
 
-def _validate_metadata(clip: Clip) -> None:
+def _validate_metadata(clip: Recording) -> None:
     for name in ("clip_id", "source", "map", "behaviour"):
         value = getattr(clip, name)
         _check(isinstance(value, str) and value, f"{name} = {repr(value)[:200]}: must be a non-empty text")
@@ -188,28 +204,35 @@ def _validate_metadata(clip: Clip) -> None:
         )
 
 
-def encode(clip: Clip) -> bytes:
+def encode(clip: Recording, table: Table = ARRAYS) -> bytes:
     """The clip as safetensors bytes. The same clip gives the same bytes.
 
     Raises:
       ClipError: the clip is not what the schema says.
     """
-    validate(clip)
-    fields = [f.name for f in dataclasses.fields(clip) if f.name not in ARRAYS]
+    validate(clip, table)
+    fields = [f.name for f in dataclasses.fields(clip) if f.name not in table]
     header = {"schema_version": SCHEMA_VERSION, **{name: getattr(clip, name) for name in fields}}
     header["captions"] = dataclasses.asdict(clip.captions)
     header["extra"] = dict(clip.extra)
-    arrays = {name: np.ascontiguousarray(getattr(clip, name)) for name in ARRAYS}
+    arrays = {name: np.ascontiguousarray(getattr(clip, name)) for name in table}
     return save(arrays, metadata={HEADER_KEY: json.dumps(header, sort_keys=True)})
 
 
-def decode(blob: bytes) -> Clip:
+def decode(blob: bytes, kind: type[R] = Clip, table: Table = ARRAYS) -> R:
     """The clip in safetensors bytes. Its arrays are copied once out of `blob` (about 0.7 ms per megabyte).
 
     Raises:
       ClipError: not safetensors, cut off, another schema version, or not what the schema says.
     """
-    length = int.from_bytes(blob[:8], "little")
+    clip = _clip(kind, read_arrays(blob, table), _metadata(blob))
+    validate(clip, table)
+    return clip
+
+
+def read_arrays(blob: bytes, table: Table) -> dict[str, np.ndarray]:
+    """The arrays of a safetensors blob, with types and sizes that NumPy can have. Raises ClipError."""
+    length = _header_length(blob)
     _check(len(blob) >= 8 and length <= len(blob) - 8, f"{len(blob)} bytes are no whole safetensors blob")
     _check(length <= HEADER_LIMIT, f"a header of {length} bytes: must be at most {HEADER_LIMIT}")
     try:
@@ -217,24 +240,26 @@ def decode(blob: bytes) -> Clip:
     except SafetensorError as error:
         said = str(error).removeprefix("Error while deserializing: ")
         raise ClipError(f"not safetensors: {' '.join(said.split())[:200]}") from None
-    arrays = {name: _array(name, tensors.get(name)) for name in ARRAYS}
-    clip = _clip(arrays, _metadata(blob[8 : 8 + length]))
-    validate(clip)
-    return clip
+    return {name: _array(name, tensors.get(name), table) for name in table}
 
 
-def _array(name: str, tensor: dict[str, Any] | None) -> np.ndarray:
+def _header_length(blob: bytes) -> int:
+    return int.from_bytes(blob[:8], "little")
+
+
+def _array(name: str, tensor: dict[str, Any] | None, table: Table) -> np.ndarray:
     """One array as NumPy's; its sizes are checked before NumPy sees them, whose limits are narrower."""
     _check(tensor is not None, f"array {name} is missing")
-    dtype, shape, dims = tensor["dtype"], tensor["shape"], ARRAYS[name][1]
-    _check(dtype in _DTYPES, f"{name} has dtype {dtype}: must be {ARRAYS[name][0]}")
+    dtype, shape, (wanted, dims) = tensor["dtype"], tensor["shape"], table[name]
+    _check(dtype in _DTYPES, f"{name} has dtype {dtype}: must be {wanted}")
     _check(len(shape) == len(dims), f"{name} has {len(shape)} dimensions: must be {dims}")
     _check(min(shape) > 0, f"{name} has shape {tuple(shape)}: must not be empty")
     return np.frombuffer(tensor["data"], _DTYPES[dtype]).reshape(shape)
 
 
-def _metadata(header: bytes) -> dict[str, Any]:
+def _metadata(blob: bytes) -> dict[str, Any]:
     """The metadata of a clip, from the safetensors header: the library checks that text but does not hand it out."""
+    header = blob[8 : 8 + _header_length(blob)]
     try:
         meta = pydantic_core.from_json(pydantic_core.from_json(header)["__metadata__"][HEADER_KEY])
         version = meta.pop("schema_version")
@@ -245,12 +270,12 @@ def _metadata(header: bytes) -> dict[str, Any]:
     return meta
 
 
-def _clip(arrays: dict[str, np.ndarray], meta: dict[str, Any]) -> Clip:
+def _clip(kind: type[R], arrays: dict[str, np.ndarray], meta: dict[str, Any]) -> R:
     try:
         captions = meta["captions"]
         captions["temporal"] = tuple(Event(**event) for event in captions["temporal"])
         meta["captions"] = Captions(**captions)
-        return Clip(**arrays, **meta)
+        return kind(**arrays, **meta)
     except (KeyError, TypeError) as error:
         said = " ".join(str(error).split())[:200]
         raise ClipError(f"metadata of the clip is incomplete or foreign: {said}") from None

@@ -23,7 +23,7 @@ from lingbot_jax.models.config import ConvCodecConfig, LinearCodecConfig, VAECon
 from lingbot_jax.models.params import ones, param, zeros
 from lingbot_jax.models.vae_layers import matmul
 
-Stream = Any  # a pytree of static structure, threaded through decode_chunk
+Stream = Any  # a pytree of static structure, threaded through encode_chunk or decode_chunk
 
 
 @runtime_checkable  # the tests check annotations
@@ -40,8 +40,18 @@ class Codec(Protocol):
         """Latents to video, clipped to [-1, 1]."""
         ...
 
+    def init_encode_stream(self, batch: int, height: int, width: int) -> Stream:
+        """The state before the first chunk of an encode; height and width in pixels."""
+        ...
+
+    def encode_chunk(
+        self, video: Float[Array, "b f h w 3"], stream: Stream, *, first: bool
+    ) -> tuple[Float[Array, "b t hl wl c"], Stream]:
+        """Encodes the next frames: whole groups, the first of which is one frame alone where `first` (static)."""
+        ...
+
     def init_stream(self, batch: int, height: int, width: int) -> Stream:
-        """The state before the first chunk; height and width in latent pixels."""
+        """The state before the first chunk of a decode; height and width in latent pixels."""
         ...
 
     def decode_chunk(
@@ -71,7 +81,16 @@ class LinearCodec(nnx.Module):
         self.config = config
 
     def encode(self, video: Float[Array, "b f h w 3"]) -> Float[Array, "b t hl wl c"]:
-        return matmul(patches_of(video, self.config) - self.mean[...], self.basis[...]) / self.scale[...]
+        return self.encode_chunk(video, (), first=True)[0]
+
+    def init_encode_stream(self, batch: int, height: int, width: int) -> Stream:
+        return ()  # a patch is encoded alone
+
+    def encode_chunk(
+        self, video: Float[Array, "b f h w 3"], stream: Stream, *, first: bool
+    ) -> tuple[Float[Array, "b t hl wl c"], Stream]:
+        patches = patches_of(video, self.config, first)
+        return matmul(patches - self.mean[...], self.basis[...]) / self.scale[...], stream
 
     def decode(self, latents: Float[Array, "b t hl wl c"]) -> Float[Array, "b f h w 3"]:
         return self.decode_chunk(latents, (), first=True)[0]
@@ -97,14 +116,16 @@ def first_frame_alone(groups: Float[Array, "b t s h w c"], first: bool) -> Float
 
 
 def patches_of(
-    video: Float[Array, "b f h w 3"], config: LinearCodecConfig | ConvCodecConfig
+    video: Float[Array, "b f h w 3"], config: LinearCodecConfig | ConvCodecConfig, first: bool = True
 ) -> Float[Array, "b t hl wl i"]:
-    """Space-time patches; the first frame is repeated to fill its own."""
+    """Space-time patches; where a video begins (`first`), its first frame is repeated to fill its own."""
     st, sh, sw = config.stride
-    config.latent_frames(video.shape[1])
-    still = repeat(video[:, :1], "b 1 h w c -> b s h w c", s=st)
+    if first:
+        config.latent_frames(video.shape[1])
+        still = repeat(video[:, :1], "b 1 h w c -> b s h w c", s=st)
+        video = jnp.concatenate([still, video[:, 1:]], axis=1)
     return rearrange(
-        jnp.concatenate([still, video[:, 1:]], axis=1),
+        video,
         "b (t s) (h p) (w q) c -> b t h w (s p q c)",
         s=st,
         p=sh,

@@ -93,6 +93,11 @@ class _Strided:
         """Pixels of (time, height, width) that one latent pixel stands for."""
         raise NotImplementedError
 
+    @property
+    def memory(self) -> int:
+        """Latent frames of an encode after which nothing of the video before is in them."""
+        return 0
+
     def latent_frames(self, frames: int) -> int:
         """Latent frames of a video of st*n + 1 frames (4n + 1 of the published codec). Raises ConfigError."""
         st = self.stride[0]
@@ -194,6 +199,15 @@ class VAEConfig(_Strided):
     def stride(self) -> tuple[int, int, int]:
         space = 2 ** len(self.time_strides)
         return (2 ** sum(self.time_strides), space, space)
+
+    @property
+    def memory(self) -> int:
+        """Each causal convolution looks back two frames of its own rate: 28 latent frames of the published network."""
+        rate, frames, convolutions = 1, 2, 2 * self.blocks  # video frames per frame; of conv_in; of a level
+        for halves in (*self.time_strides, False):
+            frames += 2 * rate * (convolutions + halves)
+            rate *= 1 + halves
+        return (frames + 2 * rate * (4 + 1)) // rate  # of the middle, and conv_out
 
 
 CodecConfig = Annotated[LinearCodecConfig | ConvCodecConfig | VAEConfig, Field(discriminator="kind")]

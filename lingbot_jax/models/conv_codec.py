@@ -77,7 +77,14 @@ class ConvCodec(nnx.Module):
         self.outputs = Linear(width, 12 * st, next(keys))
 
     def encode(self, video: Video) -> Latents:
-        return matmul(patches_of(video, self.config) - self.mean[...], self.basis[...]) / self.std[...]
+        return self.encode_chunk(video, (), first=True)[0]
+
+    def init_encode_stream(self, batch: int, height: int, width: int) -> Stream:
+        return ()  # a patch is encoded alone
+
+    def encode_chunk(self, video: Video, stream: Stream, *, first: bool) -> tuple[Latents, Stream]:
+        patches = patches_of(video, self.config, first)
+        return matmul(patches - self.mean[...], self.basis[...]) / self.std[...], stream
 
     def decode(self, latents: Latents) -> Video:
         batch, _, height, width, _ = latents.shape

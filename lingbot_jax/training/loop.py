@@ -18,6 +18,7 @@ from lingbot_jax.parallel.mesh import make_mesh
 from lingbot_jax.training import curriculum
 from lingbot_jax.training.config import TrainConfig
 from lingbot_jax.training.goodput import Goodput
+from lingbot_jax.training.latents import check_latents, reading_of
 from lingbot_jax.training.metrics import MetricsWriter, StepProgress
 from lingbot_jax.training.networks import templates
 from lingbot_jax.training.objectives import Constants, Objective
@@ -27,11 +28,18 @@ from lingbot_jax.training.run_dir import init_run_dir
 from lingbot_jax.training.saving import Saving
 from lingbot_jax.training.start import fresh_state, objective_of, resolve
 from lingbot_jax.training.state import TrainState, abstract_state
-from lingbot_jax.training.step import Program, encode_program, make_step, networks_of, update_counts
+from lingbot_jax.training.step import (
+    Program,
+    encode_program,
+    make_step,
+    networks_of,
+    unpack_program,
+    update_counts,
+)
 from lingbot_jax.training.wandb_run import open_wandb
 from lingbot_jax.training.watchdog import bounded
 from lingbot_jax.worlds.checkpoints import Checkpoints
-from lingbot_jax.worlds.clips import prepare
+from lingbot_jax.worlds.clips import prepare, prepare_latents
 from lingbot_jax.worlds.open import find, open_encoders
 from lingbot_jax.worlds.world import World
 
@@ -61,7 +69,9 @@ def train(config: TrainConfig, evaluate: Evaluate | None = None, profile: str = 
         config = resolve(config)
         config.check_crops()
         config.wandb.check()
-        data = [Dataset(phase.data) for phase in config.phases()]
+        data = [Dataset(phase.data, reading=reading_of(phase)) for phase in config.phases()]
+        for phase, clips in zip(config.phases(), data, strict=True):
+            check_latents(phase, clips)
         meshes = [make_mesh(phase.mesh) for phase in config.phases()]
         for phase, mesh in zip(config.phases(), meshes, strict=True):
             multihost.rows_of_process(mesh, phase.data.batch)
@@ -161,6 +171,7 @@ class _Phase:
     Attributes:
       config: the run as this phase sees it. end: the step it ends before. codec, text: on its mesh.
       stream: host rows of every step, made ahead. rows: which of a batch this process loads.
+      encode_clips, text: None where the data holds latents, which `unpack` makes ready.
     """
 
     config: TrainConfig
@@ -172,7 +183,8 @@ class _Phase:
     codec: Any
     text: Any
     constants: Constants
-    encode_clips: Program
+    encode_clips: Program | None
+    unpack: Program
     programs: dict[tuple[str, ...], Program]
 
     @classmethod
@@ -182,9 +194,10 @@ class _Phase:
         """Everything for the phase `index`, which `step` is in."""
         chosen = config.phases()[index]
         rows = multihost.rows_of_process(mesh, chosen.data.batch)
-        resize = functools.partial(resize_crops, size=chosen.size)
+        resize = None if data.latents else functools.partial(resize_crops, size=chosen.size)
         codec, text = open_encoders(find(config.run), mesh)
         world = World({}, codec, text, config.world, mesh)
+        constants = Constants(world.encode_text([config.world.null_text]), codec)
         return cls(
             config=chosen,
             mesh=mesh,
@@ -193,9 +206,10 @@ class _Phase:
             rows=rows,
             stream=BatchStream(data, rows, step, resize),
             codec=codec,
-            text=text,
-            constants=Constants(world.encode_text([config.world.null_text]), codec),
-            encode_clips=encode_program(chosen, mesh),
+            text=None if data.latents else text,
+            constants=constants,
+            encode_clips=None if data.latents else encode_program(chosen, mesh),
+            unpack=unpack_program(chosen, mesh),
             programs={},
         )
 
@@ -205,11 +219,13 @@ class _Phase:
 
     def encode(self, rows: dict[str, Any], step: int) -> Any:
         """The step's clips as the networks see them, on the mesh; dispatched, not waited for."""
-        known = draw_known(self.config.seed, step, self.config.data.batch, self.config.tasks)
-        known = known[self.rows.start : self.rows.stop]
-        clips = prepare(self.config.world, self.text, rows, known, intervals=self.config.intervals)
-        clips = multihost.global_array(self.mesh, clips, self.config.data.batch)
-        return self.encode_clips(self.codec, self.text, clips)
+        batch, intervals = self.config.data.batch, self.config.intervals
+        if self.encode_clips is None:
+            latents = prepare_latents(self.config.world, rows, intervals)
+            return self.unpack(multihost.global_array(self.mesh, latents, batch))
+        known = draw_known(self.config.seed, step, batch, self.config.tasks)[self.rows.start : self.rows.stop]
+        clips = prepare(self.config.world, self.text, rows, known, intervals=intervals)
+        return self.encode_clips(self.codec, self.text, multihost.global_array(self.mesh, clips, batch))
 
     def update(self, state: TrainState, batch: Any, step: int) -> tuple[TrainState, Any]:
         """The updates of a step; the program sees the networks that they read, and no other."""

@@ -1,6 +1,7 @@
 """One training step: a pure function of (state, batch), made in one place from an objective.
 
-A batch is prepared on the host, encoded on the mesh by a program of its own (`encode_program`), and a step
+A batch is prepared on the host, encoded on the mesh by a program of its own (`encode_program`) unless it was encoded
+ahead of training (`unpack_program`), and a step
 (`make_step`) does the updates of an objective. Both are `Program`s: run them, or lower them with their abstract
 arguments, as plans do; what is planned is what runs.
 """
@@ -81,6 +82,12 @@ def encode_program(config: TrainConfig, mesh: Mesh) -> Program:
     fn = jax.jit(clips.encode, out_shardings=placed)
     args = (world.codec, world.text, batch_specs(config, mesh)) if config.size != (0, 0) else ()
     return Program(fn, args, mesh)
+
+
+def unpack_program(config: TrainConfig, mesh: Mesh) -> Program:
+    """Latents that were encoded ahead -> encoded clips: what `encode_program` is for clips; it encodes nothing."""
+    fn = functools.partial(clips.unpack, stride=config.world.codec.stride[0])
+    return Program(jax.jit(fn, out_shardings=sharding.batch_sharding(mesh)), (), mesh)
 
 
 def make_step(

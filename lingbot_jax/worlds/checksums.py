@@ -69,6 +69,16 @@ def compare(expected: Mapping[str, int], found: Mapping[str, int]) -> None:
         )
 
 
+def sha256_of(arrays: Mapping[str, Any]) -> str:
+    """Of names, types, shapes and values. Every array must be whole in this process."""
+    total = hashlib.sha256()
+    for name in sorted(arrays):
+        value = np.ascontiguousarray(arrays[name])
+        total.update(f"{name} {value.dtype} {value.shape}\n".encode())
+        total.update(value.tobytes())
+    return total.hexdigest()
+
+
 def seal(folder: epath.Path) -> None:
     """Notes the hash of every file that holds no values; the last thing that is written."""
     write_whole(folder / SEAL, json.dumps(_hashes(folder), indent=0))

@@ -1,16 +1,26 @@
-"""From recorded clips to what networks are trained and sampled on: `prepare` on the host, `encode` on the mesh."""
+"""From recorded clips to what networks are trained and sampled on: `prepare` on the host, `encode` on the mesh.
+
+Of clips that were encoded ahead of training (`worlds.encode`): `prepare_latents` and `unpack`.
+"""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Shaped
 
 from lingbot_jax.models.codec import Codec, to_float
 from lingbot_jax.models.text import TextEncoder
-from lingbot_jax.worlds.condition import Camera, Conditioning, camera_of, conditioning_frames
+from lingbot_jax.worlds.condition import (
+    Camera,
+    Conditioning,
+    camera_of,
+    conditioning_frames,
+    conditioning_mask,
+)
 from lingbot_jax.worlds.config import WorldConfig
 
 
@@ -28,6 +38,23 @@ class Clips:
     frames: Shaped[Array | np.ndarray, "b f H W 3"]
     camera: Camera
     tokens: Any
+    known: Int[Array | np.ndarray, "b"]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Latents:
+    """Rows of a batch of encoded clips, as they travel to the devices.
+
+    Attributes:
+      latents: as stored. image: of the conditioning frames. text: of the n texts of a clip.
+      known: latent frames of each clip that the network is given.
+    """
+
+    latents: Float[Array | np.ndarray, "b t h w c"]
+    image: Float[Array | np.ndarray, "b t h w c"]
+    text: Float[Array | np.ndarray, "b *n l d"]
+    camera: Camera
     known: Int[Array | np.ndarray, "b"]
 
 
@@ -60,23 +87,38 @@ def prepare(
       intervals: equal parts of a clip, in latent frames, each with a text of its own: the caption, and after it what
         the temporal caption says of the middle of the part. None: one text per clip.
     """
-    stride = config.codec.stride[0]
-    names = ("c2w", "keys", "intrinsics")
-    cameras = [camera_of(config.pose, stride, *row) for row in zip(*(rows[n] for n in names), strict=True)]
-    camera = jax.tree.map(lambda *parts: np.stack(parts), *cameras)
     prompts = [str(prompt) for prompt in (rows[config.caption] if captions is None else captions)]
+    events = [()] * len(prompts) if intervals is None else rows["temporal"]
+    texts = [texts_of(config, *row, intervals) for row in zip(prompts, events, strict=True)]
+    tokens = text_encoder.tokenize([text for own in texts for text in own])
+    if intervals is not None:
+        tokens = jax.tree.map(lambda x: x.reshape(len(texts), intervals, *x.shape[1:]), tokens)
+    return Clips(rows["frames"], cameras_of(config, rows), tokens, np.asarray(known, np.int32))
+
+
+def prepare_latents(config: WorldConfig, rows: dict[str, Any], intervals: int | None = None) -> Latents:
+    """Host rows of latents (a loader's batch: latents, image, text, known, keys, c2w, intrinsics) for the devices."""
+    text = rows["text"] if intervals is not None else rows["text"][:, 0]
+    return Latents(rows["latents"], rows["image"], text, cameras_of(config, rows), rows["known"])
+
+
+def cameras_of(config: WorldConfig, rows: Mapping[str, Any]) -> Camera:
+    """The cameras of host rows."""
+    each = zip(*(rows[name] for name in ("c2w", "keys", "intrinsics")), strict=True)
+    cameras = [camera_of(config.pose, config.codec.stride[0], *row) for row in each]
+    return jax.tree.map(lambda *parts: np.stack(parts), *cameras)
+
+
+def texts_of(config: WorldConfig, prompt: str, events: Sequence[str], intervals: int | None) -> list[str]:
+    """The texts of a clip: its prompt, or that of each of `intervals` equal parts, with what happens in the middle.
+
+    Args:
+      events: at every video frame.
+    """
     if intervals is None:
-        tokens = text_encoder.tokenize(prompts)
-    else:
-        middles = interval_middles(rows["frames"].shape[1], intervals, stride)
-        parts = [
-            f"{prompt} {event}".strip()
-            for prompt, events in zip(prompts, rows["temporal"][:, middles], strict=True)
-            for event in events
-        ]
-        split = lambda x: x.reshape(len(prompts), intervals, *x.shape[1:])
-        tokens = jax.tree.map(split, text_encoder.tokenize(parts))
-    return Clips(rows["frames"], camera, tokens, np.asarray(known, np.int32))
+        return [prompt]
+    middles = interval_middles(len(events), intervals, config.codec.stride[0])
+    return [f"{prompt} {events[middle]}".strip() for middle in middles]
 
 
 def interval_middles(frames: int, intervals: int, stride: int) -> Int[np.ndarray, "n"]:
@@ -103,6 +145,17 @@ def encode(codec: Codec, text_encoder: TextEncoder, clips: Clips, *, latents: bo
         camera=clips.camera,
         conditioning=conditioning_frames(codec, video, clips.known),
     )
+
+
+def unpack(clips: Latents, *, stride: int) -> Encoded:
+    """Pure; trace it inside one jit on the world's mesh. No codec and no text encoder has a part in it.
+
+    Args:
+      stride: of the codec in time.
+    """
+    wide = lambda x: x.astype(jnp.float32)
+    mask = conditioning_mask(clips.known, clips.latents.shape[1:4], stride)
+    return Encoded(wide(clips.latents), wide(clips.text), clips.camera, Conditioning(mask, wide(clips.image)))
 
 
 def _encode_text(text_encoder: TextEncoder, tokens: Any) -> Float[Array, "b *n l d"]:

@@ -120,7 +120,7 @@ def conditioning_frames(
     Raises:
       ConfigError: a number of frames that the codec cannot have, or more than the clip.
     """
-    m, sh, sw = codec.config.stride
+    m = codec.config.stride[0]
     t = codec.config.latent_frames(video.shape[1])
     if latent_frames is not None:
         total = codec.config.video_frames(latent_frames)
@@ -128,12 +128,20 @@ def conditioning_frames(
         require(have <= total, "conditioning frames", have, f"must be at most the {total} frames of the clip")
         video = jnp.pad(video, ((0, 0), (0, total - have), (0, 0), (0, 0), (0, 0)))
         t = latent_frames
-    batch, _, height, width = video.shape[:4]
-    known = jnp.arange(t) < known[:, None]  # b t
-    pixels = jnp.concatenate([known[:, :1], jnp.repeat(known[:, 1:], m, axis=1)], axis=1)
+    given = jnp.arange(t) < known[:, None]  # b t
+    pixels = jnp.concatenate([given[:, :1], jnp.repeat(given[:, 1:], m, axis=1)], axis=1)
     image = codec.encode(jnp.where(pixels[:, :, None, None, None], video, 0.0))
-    mask = jnp.broadcast_to(known[:, :, None, None, None], (batch, t, height // sh, width // sw, m))
+    mask = conditioning_mask(known, image.shape[1:4], m)
     return Conditioning(mask.astype(image.dtype), image)
+
+
+def conditioning_mask(
+    known: Int[Array, "b"], size: tuple[int, int, int], stride: int
+) -> Float[Array, "b t h w m"]:
+    """The mask of clips of `size` (t, h, w) whose first `known` latent frames are given; m is `stride`, in time."""
+    given = jnp.arange(size[0]) < known[:, None]
+    mask = jnp.broadcast_to(given[:, :, None, None, None], (len(known), *size, stride))
+    return mask.astype(jnp.float32)
 
 
 def make_condition(
