@@ -24,11 +24,14 @@ CORE = [
     "zstandard>=0.25",  # JAX compresses compiled programs with it where it is installed
 ]
 DATA = [
+    "apache-beam>=2.77,<3",
     "array-record>=0.8.3",
     "av>=18",
     "grain>=0.2.18,<0.3",
     "opencv-python-headless>=4.13",
     "panda3d>=1.10.16,<1.11",
+    "poselib>=2.0.5,<3",
+    "scenedetect-headless>=0.7.2,<0.8",
     "vizdoom>=1.3.2,<1.4",  # engine licence: non-commercial, see README
 ]
 SERVE = [

@@ -25,6 +25,7 @@ from lingbot_jax.config import (
     template,
 )
 from lingbot_jax.engine.collect.config import CollectConfig
+from lingbot_jax.engine.curate.config import CurateConfig
 from lingbot_jax.models.config import DiTConfig
 from lingbot_jax.rollout.generate import GenerateConfig
 from lingbot_jax.training.config import TrainConfig
@@ -120,6 +121,7 @@ def values_of(made) -> dict:
 
 GENERATE = {"run": "r", "image": "i", "prompt": "p", "out": "o", "keys": "w-1"}
 STARTS = {
+    "curate.py": (CurateConfig, lambda: values_of(named("curate.py")())),
     "tiny.py:collect": (CollectConfig, lambda: values_of(named("tiny.py")("collect"))),
     "tiny.py:codec": (FitCodecConfig, lambda: values_of(named("tiny.py")("codec"))),
     "tiny.py:encode": (EncodeConfig, lambda: values_of(named("tiny.py")("encode"))),
