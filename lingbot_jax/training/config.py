@@ -248,11 +248,9 @@ class TrainConfig:
             names = sorted(self.teachers)
             known = ([], ["world"], ["high", "low"])
             require(names in known, "teachers", names, "must be world, or high and low")
+        many = self.world.causal.sample
+        require(many is None, "world.causal.sample", many, "must be None: a student has few steps")
         if self.stage == "distill":
-            few = self.world.causal.sample is None
-            require(
-                few, "world.causal.sample", self.world.causal.sample, "must be None: a student has few steps"
-            )
             share = self.tasks.continuation
             require(
                 share == 0,

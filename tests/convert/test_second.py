@@ -1,16 +1,25 @@
 """Checkpoint folders of LingBot-World 2.0, a miniature of each layout: found, described, converted both ways."""
 
 import dataclasses
+import itertools
+import json
 import pathlib
 import shutil
 
+import jax
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from lingbot_jax.config import ConfigError
+from experiments.configs import lingbot2
+from lingbot_jax.config import ConfigError, build
 from lingbot_jax.convert import contents, folders, names_dit, write
+from lingbot_jax.convert.names import layers_of, part_names
 from lingbot_jax.convert.presets import PRESETS
+from lingbot_jax.parallel.mesh import MeshConfig, make_mesh
+from lingbot_jax.training.config import TrainConfig
+from lingbot_jax.training.start import objective_of, read_init, resolve
+from lingbot_jax.training.step import encode_program, make_step
 from lingbot_jax.worlds.open import find
 from tests.convert.published import (
     Sizes,
@@ -125,6 +134,60 @@ def test_two_worlds_in_a_folder_are_refused(assets):
     write_json(place / "high_noise_model" / "config.json", dit_json(DIT))
     with pytest.raises(ConfigError, match="2 transformer folders"):
         contents.look(str(place))
+
+
+@pytest.mark.parametrize("argument", ["action", "causal", "distill", "distill,1.3b"])
+def test_the_shipped_configs_fit_their_crops(argument):
+    build(TrainConfig, json.loads(json.dumps(lingbot2.get_config(argument).to_dict()))).check_crops()
+
+
+def test_training_goes_on_from_its_checkpoints(assets, tmp_path):
+    """The shipped config in miniature: every network of a run starts with the published bits, and a step traces."""
+    sources = {
+        "causal": contents.look(str(fast_14b(assets, "transformer_causal", "WanModelCausal"))),
+        "teacher": contents.look(
+            str(small(tmp_path / "small")),
+            preset="lingbot2-14b-bidirectional",
+            heads=DIT.heads,
+            assets=str(assets),
+        ),
+    }
+    for name, found in sources.items():
+        write.to_bundle(found, tmp_path / name, dtype="keep")
+    world, teacher = sources["teacher"].config, str(tmp_path / "teacher")
+    networks = {"world": dataclasses.asdict(world.network)}
+    mesh = make_mesh(MeshConfig())
+
+    def run(stage: str, init: str, **fields) -> TrainConfig:
+        values = lingbot2.get_config(stage).to_dict() | fields
+        values |= {"init": str(tmp_path / init), "codec": teacher, "size": (32, 32), "curriculum": ()}
+        values["world"] |= {"networks": networks, "codec": None, "text": None}
+        values["data"] |= {"frames": 29, "batch": 1}
+        config = resolve(build(TrainConfig, json.loads(json.dumps(values))))
+        config.check_crops()
+        return config
+
+    score = {"shortest": 2, "window": 1, "gradient_chunks": 1}
+    distill = run("distill", "causal", teacher=teacher, teachers=networks, distill=score)
+    causal = run("causal", "causal")
+    for config, names in (
+        (run("action", "teacher"), {"world"}),
+        (causal, {"world"}),
+        (distill, {"world", "real", "fake"}),
+    ):
+        made = read_init(config, mesh)
+        assert made.keys() == names
+        for arrays, entry in itertools.product(made.values(), names_dit.dit_table(DIT)):
+            ours = np.asarray(arrays[entry.ours])
+            for layer in layers_of(entry, ours.shape):
+                (value,) = entry.to_published(ours if layer is None else ours[layer])
+                np.testing.assert_array_equal(value, TENSORS[part_names(entry, layer)[0]])
+    encode, objective = encode_program(causal, mesh), objective_of(causal)
+    with jax.set_mesh(mesh):
+        encoded = jax.eval_shape(encode.fn, *encode.args)
+        step = make_step(objective, causal, mesh, objective.updates(0), encoded)
+        state, metrics = jax.eval_shape(step.fn, *step.args)
+    assert "loss" in metrics and state.params.keys() == {"world"}
 
 
 @pytest.mark.parametrize("layout", ["transformers", "transformer_causal", "small", "copy"])
