@@ -8,6 +8,7 @@ Errors against an all-float32 model, as root mean square of the error over that 
 the velocity, and of the gradient: all of it, and parameter by parameter. Every rounding that is asked for is kept.
 
     bfloat16       dtype bfloat16, residual_dtype float32 (the defaults)
+    kept           the same with rematerialisation, which keeps the stream as bfloat16 (`DiTConfig.rounds_kept`)
     stream         both bfloat16
     only stream    dtype float32, residual_dtype bfloat16
 
@@ -31,9 +32,10 @@ from tests.goldens.networks_dit import taps
 from tests.models import numpy_dit, worlds
 
 SETTINGS = {
-    "bfloat16": ("bfloat16", "float32"),
-    "stream": ("bfloat16", "bfloat16"),
-    "only stream": ("float32", "bfloat16"),
+    "bfloat16": ("bfloat16", "float32", "none"),
+    "kept": ("bfloat16", "float32", "full"),
+    "stream": ("bfloat16", "bfloat16", "none"),
+    "only stream": ("float32", "bfloat16", "none"),
 }
 FRAMES, HEIGHT, WIDTH = 3, 8, 8
 
@@ -76,8 +78,8 @@ def measure(layers: int, scale: str) -> dict[str, dict[str, float]]:
     expected, gradient = wide(expected), wide(gradient)
     rows = [f"block{i}_out" for i in range(0, layers - 1, max(layers // 5, 1))] + ["blocklast_out", "out"]
     table = {}
-    for name, (dtype, stream) in SETTINGS.items():
-        change = dataclasses.replace(model.config, dtype=dtype, residual_dtype=stream)
+    for name, (dtype, stream, remat) in SETTINGS.items():
+        change = dataclasses.replace(model.config, dtype=dtype, residual_dtype=stream, remat=remat)
         found, slopes = (wide(x) for x in evaluate(worlds.with_config(model, change), *inputs))
         table[name] = {row: numpy_dit.relative(found[row], expected[row]) for row in rows}
         each = {p: numpy_dit.relative(slopes[p], g) for p, g in gradient.items() if np.abs(g).max() > 0}

@@ -212,6 +212,11 @@ def test_remat_policies_say_what_is_saved():
     tokens = 8 * worlds.BATCH * worlds.FRAMES * worlds.TOKENS
     assert kept["full"] <= weights + tokens * CONFIG.dim * 1.1
     assert kept["full"] < kept["dots"] < kept["none"]
+    half = dataclasses.replace(CONFIG, remat="full", layers=8, dtype="bfloat16")
+    model = params.abstract(lambda key: WorldDiT(half, key))
+    vjp = jax.eval_shape(lambda m: jax.vjp(lambda m: m(latents, timestep, condition), m)[1], model)
+    stream = (8, worlds.BATCH, worlds.FRAMES, worlds.TOKENS, CONFIG.dim)  # float32, and kept in half of it
+    assert {x.dtype for x in jax.tree.leaves(vjp) if x.shape == stream} == {jnp.dtype("bfloat16")}
 
 
 def test_untrained_adapters_change_nothing():
