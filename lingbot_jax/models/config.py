@@ -66,15 +66,6 @@ class DiTConfig:
         require(max(self.patch) <= 64, "patch", self.patch, "must be at most 64 latent pixels")
 
     @property
-    def rounds_kept(self) -> bool:
-        """Whether rematerialisation keeps a wider stream rounded to `dtype`, half the memory.
-
-        A block then sees the rounded stream, in forward and backward alike, and what it adds goes to the exact one: no
-        rounding is carried on.
-        """
-        return self.remat != "none" and (self.dtype, self.residual_dtype) == ("bfloat16", "float32")
-
-    @property
     def head_dim(self) -> int:
         return self.dim // self.heads
 

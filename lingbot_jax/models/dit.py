@@ -10,7 +10,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Float32, Int
 
 from kernels_pallas.context import Context
@@ -317,22 +316,16 @@ class WorldDiT(nnx.Module):
 
         def run(x, layer):
             block, prepared, cached = layer
-            x = checkpoint_name(x, "block_input").astype(config.residual_dtype)
             own = (block.prepare_text(text), block.prepare_control(control)) if prepared is None else prepared
             context = None if cached is None else attend.context.layer(*cached)
             x, kv = block(x, block_time, *own, table, attend, context)
             return constrain_tokens(x), kv if return_kv else None
 
-        run = rematerialised(run, config.remat)
+        run = rematerialised(run, config.remat, config.dtype)
 
         def body(carried, layer):
             (x, features), (*layer, slot) = carried, layer
-            if config.rounds_kept:
-                kept = x.astype(config.dtype)
-                y, kv = run(kept, layer)
-                x = x + (y - kept)
-            else:
-                x, kv = run(x, layer)
+            x, kv = run(x, layer)
             features = features.at[slot].set(x.astype(features.dtype)) if depths else None
             return (x, features), kv
 
