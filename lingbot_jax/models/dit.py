@@ -10,7 +10,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Float32, Int
 
 from kernels_pallas.context import Context
@@ -315,21 +314,26 @@ class WorldDiT(nnx.Module):
         slots[list(depths)] = np.arange(len(depths))
         head_time, block_time = self.time(timestep.astype(jnp.float32))
 
-        def body(carried, layer):
-            (x, features), (block, prepared, cached, slot) = carried, layer
-            x = checkpoint_name(x, "block_input")
+        def run(x, layer):
+            block, prepared, cached = layer
             own = (block.prepare_text(text), block.prepare_control(control)) if prepared is None else prepared
             context = None if cached is None else attend.context.layer(*cached)
             x, kv = block(x, block_time, *own, table, attend, context)
-            x = constrain_tokens(x)
+            return constrain_tokens(x), kv if return_kv else None
+
+        run = rematerialised(run, config.remat, config.dtype)
+
+        def body(carried, layer):
+            (x, features), (*layer, slot) = carried, layer
+            x, kv = run(x, layer)
             features = features.at[slot].set(x.astype(features.dtype)) if depths else None
-            return (x, features), kv if return_kv else None
+            return (x, features), kv
 
         cached = None if attend.context is None else (attend.context.keys, attend.context.values)
         x = constrain_tokens(self.embed_latents(latents, base))
         features = jnp.zeros((len(depths) + 1, *x.shape), config.dtype) if depths else None
         layers = (self.blocks, prepared, cached, slots if depths else None)
-        (x, features), kv = jax.lax.scan(rematerialised(body, config.remat), (x, features), layers)
+        (x, features), kv = jax.lax.scan(body, (x, features), layers)
         velocity = unpatchify(self.head(x, head_time), height, width, config.patch)
         if depths:
             return velocity, features[: len(depths)]

@@ -9,12 +9,14 @@ embeddings (set where those are made).
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Float32
 
 from lingbot_jax import axes as ax
@@ -23,6 +25,9 @@ from lingbot_jax.models.rope import cos_sin
 from lingbot_jax.parallel.sharding import gathered, is_split, linear, matmul, precision_of
 
 Activation = Callable[[jax.Array], jax.Array]
+Block = Callable[
+    [jax.Array, Any], tuple[jax.Array, Any]
+]  # (stream, parameters) -> stream, and something else
 
 
 def xavier(key: jax.Array, shape: Sequence[int], dtype=jnp.float32) -> jax.Array:
@@ -152,11 +157,24 @@ def sinusoid(timestep: Float[Array, "*n"], features: int) -> Float32[Array, "*n 
     return jnp.concatenate([cos, sin], -1)
 
 
-def rematerialised(body, policy: str):
-    """Wraps the body of the scan over layers; what each policy keeps between forward and backward:
+@jax.custom_vjp
+def _stand_in(kept: jax.Array, x: jax.Array) -> jax.Array:
+    """`kept`, which is x rounded, in x's dtype; the gradient goes to x, unrounded."""
+    return kept.astype(x.dtype)
+
+
+# Forward, x is not read, so that rematerialisation does not keep it.
+_stand_in.defvjp(lambda kept, x: (kept.astype(x.dtype), None), lambda _, g: (None, g))
+
+
+def rematerialised(body: Block, policy: str, dtype: str) -> Block:
+    """Wraps a block; what each policy keeps between forward and backward:
 
     none: everything. full: the input of each block. dots: outputs of the matrix products as well.
     offload: the input of each block, in host memory.
+
+    A stream wider than `dtype` is kept in `dtype`. The block then sees the rounded stream, forward and backward, and
+    what it adds goes to the exact one: no rounding is carried on, neither of the stream nor of its gradient.
     """
     policies = jax.checkpoint_policies
     if policy == "none":
@@ -171,5 +189,17 @@ def rematerialised(body, policy: str):
             offload_dst="pinned_host",
         ),
     }
+    stop = jax.lax.stop_gradient
+
+    def named(kept, x, layer):
+        return body(_stand_in(checkpoint_name(kept, "block_input"), x), layer)
+
     # Inside a scan XLA cannot merge the recomputation with the forward pass, so CSE needs no barrier.
-    return jax.checkpoint(body, policy=keep[policy], prevent_cse=False)
+    named = jax.checkpoint(named, policy=keep[policy], prevent_cse=False)
+
+    def run(x, layer):
+        kept = stop(x.astype(min(x.dtype, jnp.dtype(dtype), key=lambda d: d.itemsize)))
+        y, rest = named(kept, x, layer)
+        return y + stop(x - kept), rest
+
+    return run

@@ -9,6 +9,8 @@ differs. Columns, as root mean square of the error over that of the values:
     stream       ours: residual_dtype bfloat16 as well
     float32      ours: dtype float32
 
+The last row is the gradient of a weighted sum of the velocity by all parameters, against that of float32.
+
 Prints a table per network and one JSON line. Without --goldens the network is a random one.
 """
 
@@ -24,17 +26,30 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lingbot_jax.models.dit import Condition
+from lingbot_jax.models import params
+from lingbot_jax.models.dit import Condition, WorldDiT
 from tests.golden import Case, case_names
 from tests.goldens.networks_dit import load_dit, pad_text, taps
 from tests.models import numpy_dit, worlds
 
-unfused = jax.jit(taps.__wrapped__, compiler_options={"xla_allow_excess_precision": False})
+
+def evaluate(model: WorldDiT, latents, timestep, condition: Condition, weight):
+    """What the blocks and the network give, and the gradient of a weighted sum of the velocity."""
+
+    def loss(arrays):
+        return jnp.sum(params.with_arrays(model, arrays)(latents, timestep, condition) * weight)
+
+    found = taps(model, latents, timestep, condition)
+    return found, jax.grad(loss)(params.arrays_of(model))
+
+
+fused = jax.jit(evaluate)
+unfused = jax.jit(evaluate, compiler_options={"xla_allow_excess_precision": False})
 OURS = {
-    "bfloat16": (taps, "bfloat16", "float32"),
+    "bfloat16": (fused, "bfloat16", "float32"),
     "unfused": (unfused, "bfloat16", "float32"),
-    "stream": (taps, "bfloat16", "bfloat16"),
-    "float32": (taps, "float32", "float32"),
+    "stream": (fused, "bfloat16", "bfloat16"),
+    "float32": (fused, "float32", "float32"),
 }
 
 
@@ -72,12 +87,21 @@ def errors(sample: numpy_dit.Sample) -> dict[str, dict[str, float]]:
         last(sample.known[mask:]),
     )
     levels = jnp.asarray(sample.timestep, jnp.float32).reshape(1, sample.latents.shape[1], -1)
+    weight, gradients = (
+        jax.random.normal(jax.random.key(0), (1, *sample.latents.shape[1:], len(sample.latents))),
+        {},
+    )
     for name, (run, dtype, stream) in OURS.items():
         change = dataclasses.replace(model.config, dtype=dtype, residual_dtype=stream)
-        ours = run(worlds.with_config(model, change), last(sample.latents), levels, condition)
+        inputs = last(sample.latents), levels, condition, weight
+        ours, slopes = run(worlds.with_config(model, change), *inputs)
         ours["out"] = jnp.moveaxis(ours["out"][0], -1, 0)
         found[name] = {n: np.asarray(ours[n], np.float64).reshape(expected[n].shape) for n in expected}
-    return {name: {n: numpy_dit.relative(x[n], expected[n]) for n in expected} for name, x in found.items()}
+        gradients[name] = np.concatenate([np.asarray(g, np.float64).ravel() for g in slopes.values()])
+    table = {name: {n: numpy_dit.relative(x[n], expected[n]) for n in expected} for name, x in found.items()}
+    for name in set(OURS) - {"float32"}:
+        table[name]["gradient"] = numpy_dit.relative(gradients[name], gradients["float32"])
+    return table
 
 
 def main(arguments: list[str]) -> None:
@@ -91,6 +115,7 @@ def main(arguments: list[str]) -> None:
         sys.exit(f"bench: {folder}: no golden network with a camera")
     for name, table in tables.items():
         print(f"{name:<16}" + "".join(f"{column:>12}" for column in table))
-        for layer in table["published"]:
-            print(f"  {layer:<14}" + "".join(f"{column[layer]:>12.1e}" for column in table.values()))
+        for layer in table["bfloat16"]:
+            cells = (f"{c[layer]:.1e}" if layer in c else "" for c in table.values())
+            print(f"  {layer:<14}" + "".join(f"{cell:>12}" for cell in cells))
     print(json.dumps({"jax": version("jax"), "error": tables}))

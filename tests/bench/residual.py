@@ -8,6 +8,7 @@ Errors against an all-float32 model, as root mean square of the error over that 
 the velocity, and of the gradient: all of it, and parameter by parameter. Every rounding that is asked for is kept.
 
     bfloat16       dtype bfloat16, residual_dtype float32 (the defaults)
+    kept           the same with rematerialisation, which keeps the stream as bfloat16 (`layers.rematerialised`)
     stream         both bfloat16
     only stream    dtype float32, residual_dtype bfloat16
 
@@ -16,7 +17,6 @@ Prints a table per network and one JSON line.
 
 import argparse
 import dataclasses
-import functools
 import json
 from importlib.metadata import version
 
@@ -24,16 +24,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lingbot_jax.models import params
 from lingbot_jax.models.config import DiTConfig
 from lingbot_jax.models.dit import Condition, WorldDiT
-from tests.goldens.networks_dit import taps
+from tests.bench.bf16_error import unfused
 from tests.models import numpy_dit, worlds
 
 SETTINGS = {
-    "bfloat16": ("bfloat16", "float32"),
-    "stream": ("bfloat16", "bfloat16"),
-    "only stream": ("float32", "bfloat16"),
+    "bfloat16": ("bfloat16", "float32", "none"),
+    "kept": ("bfloat16", "float32", "full"),
+    "stream": ("bfloat16", "bfloat16", "none"),
+    "only stream": ("float32", "bfloat16", "none"),
 }
 FRAMES, HEIGHT, WIDTH = 3, 8, 8
 
@@ -53,17 +53,6 @@ def network(layers: int, scale: str) -> WorldDiT:
     return jax.tree.map(lambda p: jax.lax.reduce_precision(p, 8, 7), model)
 
 
-@functools.partial(jax.jit, compiler_options={"xla_allow_excess_precision": False})
-def evaluate(model: WorldDiT, latents, timestep, condition: Condition, weight):
-    """What the blocks and the network give, and the gradient of a weighted sum of the velocity."""
-
-    def loss(arrays):
-        return jnp.sum(params.with_arrays(model, arrays)(latents, timestep, condition) * weight)
-
-    found = taps(model, latents, timestep, condition)
-    return found, jax.grad(loss)(params.arrays_of(model))
-
-
 def measure(layers: int, scale: str) -> dict[str, dict[str, float]]:
     """Relative errors by setting."""
     model, rng = network(layers, scale), np.random.default_rng(0)
@@ -71,14 +60,14 @@ def measure(layers: int, scale: str) -> dict[str, dict[str, float]]:
     text = jnp.asarray(rng.normal(size=(1, 16, 64)), jnp.float32)
     condition = Condition(text=text, mask=draw(4), image=draw(16))
     inputs = draw(16), jnp.full((1, FRAMES), 833.0), condition, draw(16)
-    expected, gradient = evaluate(model, *inputs)
+    expected, gradient = unfused(model, *inputs)
     wide = lambda tree: {name: np.asarray(x, np.float64) for name, x in tree.items()}
     expected, gradient = wide(expected), wide(gradient)
     rows = [f"block{i}_out" for i in range(0, layers - 1, max(layers // 5, 1))] + ["blocklast_out", "out"]
     table = {}
-    for name, (dtype, stream) in SETTINGS.items():
-        change = dataclasses.replace(model.config, dtype=dtype, residual_dtype=stream)
-        found, slopes = (wide(x) for x in evaluate(worlds.with_config(model, change), *inputs))
+    for name, (dtype, stream, remat) in SETTINGS.items():
+        change = dataclasses.replace(model.config, dtype=dtype, residual_dtype=stream, remat=remat)
+        found, slopes = (wide(x) for x in unfused(worlds.with_config(model, change), *inputs))
         table[name] = {row: numpy_dit.relative(found[row], expected[row]) for row in rows}
         each = {p: numpy_dit.relative(slopes[p], g) for p, g in gradient.items() if np.abs(g).max() > 0}
         joined = lambda tree: np.concatenate([x.ravel() for x in tree.values()])
