@@ -63,7 +63,8 @@ def run(config: EncodeConfig, part: tuple[int, int] = (0, 1)) -> Summary:
         grid=config.grid or config.data.frames,
         size=config.size or first_size(clips, budget),
         conditioning=config.conditioning,
-        caption=config.caption,
+        captions=config.captions,
+        dtype=config.dtype,
         temporal=config.temporal,
     )
     made = ClipEncoder(codec, encoder, mesh, config.data.batch, config.chunk)

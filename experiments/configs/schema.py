@@ -6,7 +6,7 @@ from pydantic import Field
 
 from lingbot_jax.config import Count, NonNegative, Path, Positive, PositiveInt, Seed, config, require
 from lingbot_jax.data.config import DataConfig
-from lingbot_jax.data.latents import Caption, Conditioning, CropFrames, Side
+from lingbot_jax.data.latents import Caption, Conditioning, CropFrames, Side, Stored
 from lingbot_jax.diffusion.guidance import Scale
 from lingbot_jax.diffusion.solvers import SolverName
 from lingbot_jax.models.config import ConvCodecConfig, LinearCodecConfig, TextConfig
@@ -56,9 +56,15 @@ class EncodeConfig:
     conditioning: Conditioning = Field(
         5, description="latent conditioning frames at most, as tasks.max_conditioning_frames"
     )
-    caption: Caption = Field("static", description="the caption that is encoded, as world.caption")
+    captions: Annotated[tuple[Caption, ...], Field(min_length=1)] = Field(
+        ("static",),
+        description="the captions that are encoded: world.caption of every run that is to read them",
+    )
     temporal: bool = Field(
-        False, description="also with each temporal caption behind it, as tasks.caption = temporal needs"
+        False, description="also with each temporal caption behind them, as tasks.caption = temporal needs"
+    )
+    dtype: Stored | None = Field(
+        None, description="that latents are stored in; None: float16 of a codec that computes in bfloat16"
     )
     chunk: PositiveInt = Field(8, description="latent frames that go through the codec at a time")
     text_bytes: Annotated[int, Field(ge=0, le=2**40)] = Field(

@@ -85,7 +85,7 @@ def _codec() -> ConfigDict:
 def _encode() -> ConfigDict:
     """For the stages world and action, with --config.data.path=runs/demo/latents."""
     made = {"out": f"{ROOT}/latents", "data": _data(), "codec": f"{ROOT}/codec", "text": WORLD["text"]}
-    return template(EncodeConfig, made | {"caption": WORLD["caption"], "grid": 8})
+    return template(EncodeConfig, made | {"captions": (WORLD["caption"],), "grid": 8})
 
 
 def _train(stage: str, steps: int, **fields: object) -> ConfigDict:

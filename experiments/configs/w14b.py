@@ -17,14 +17,15 @@ high-noise expert, `distill` learns from both, which are joined first:
     python -m experiments.train --config=experiments/configs/w14b.py:causal  --distributed
     python -m experiments.train --config=experiments/configs/w14b.py:distill --distributed
 
-`evaluate` measures the trained world.
+`evaluate` measures the trained world. `encode` makes latents of the clips, crops of 81 frames, which a phase of as many
+takes in their place (docs/data.md).
 """
 
 import dataclasses
 
 from ml_collections import ConfigDict
 
-from experiments.configs.schema import EvaluateConfig
+from experiments.configs.schema import EncodeConfig, EvaluateConfig
 from lingbot_jax.config import template
 from lingbot_jax.models.config import W14B
 from lingbot_jax.training.config import TrainConfig
@@ -64,6 +65,8 @@ POST_TRAINING = {
     ),
 }
 TEACHER = "bundles/w14b"
+_DATA = {"path": f"{ROOT}/data", "frames": 81, "batch": 64}
+SIZE = (480, 832)
 EXPERTS = {"high": ("high",), "low": ("low",), "both": ("high", "low")}
 
 
@@ -72,11 +75,16 @@ def get_config(argument: str = "world") -> ConfigDict:
     expert = expert or "high"
     if stage == "evaluate":
         return template(EvaluateConfig, {"run": f"{ROOT}/action-{expert}", "out": f"{ROOT}/evaluation"})
+    if stage == "encode":
+        data = _DATA | {"batch": 4}  # one crop per chip of a host
+        fields = {"out": f"{ROOT}/latents", "data": data, "codec": PRIOR, "size": SIZE, "dtype": "float16"}
+        return template(EncodeConfig, fields | {"captions": ("narrative", "static")})
     if stage in POST_TRAINING:
         return _post_training(stage)
     if stage not in CURRICULUM or expert not in EXPERTS:
         raise ValueError(
-            f"w14b.py:{argument}: choose world, action, causal, distill or evaluate; world,low and world,both as well"
+            f"w14b.py:{argument}: choose encode, world, action, causal, distill or evaluate; "
+            "world,low and world,both as well"
         )
     control = {"world": "none", "action": "cam"}[stage]
     network = dataclasses.asdict(W14B) | {"control": control, "remat": "full"}
@@ -95,8 +103,8 @@ def get_config(argument: str = "world") -> ConfigDict:
                 "caption": {"world": "narrative", "action": "static"}[stage],
                 "sample": {},
             },
-            "data": {"path": f"{ROOT}/data", "frames": 81, "batch": 64},
-            "size": (480, 832),
+            "data": _DATA,
+            "size": SIZE,
             "optimizer": {
                 "learning_rate": {"world": 1e-5, "action": 5e-5}[stage],
                 "warmup": 500,
@@ -127,8 +135,8 @@ def _post_training(stage: str) -> ConfigDict:
                 "text": {"kind": "umt5"},
                 "causal": {},
             },
-            "data": {"path": f"{ROOT}/data", "frames": 81, "batch": 64},
-            "size": (480, 832),
+            "data": _DATA,
+            "size": SIZE,
             "tasks": {"continuation": 0.0},
             "distill": {"head": {}},
             # Of the student; the fake scores and the head have a fifth of the rate (distill.critic_rate).

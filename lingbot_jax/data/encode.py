@@ -49,11 +49,10 @@ class Encoder(Protocol):
     """A codec and a text encoder, as `worlds.encode.ClipEncoder`.
 
     Attributes:
-      batch: crops at a time. dtype, text_dtype: that latents and texts are stored in.
+      batch: crops at a time. text_dtype: that texts are stored in.
     """
 
     batch: int
-    dtype: str
     text_dtype: str
 
     def latents(self, frames: UInt8[np.ndarray, "b f H W 3"]) -> list[Any]:
@@ -123,7 +122,7 @@ def encode_clips(
     start(sum(map(record_count, todo)))
     with reached(out, "config.out"):
         if not (folder / GREY).exists():
-            grey = stored(np.asarray(encoder.grey(*manifest.size)), encoder.dtype)
+            grey = stored(np.asarray(encoder.grey(*manifest.size)), manifest.dtype)
             write_whole(folder / GREY, pack("grey", grey))
         for path in todo:
             _encode_shard(folder, path, budget, work)
@@ -209,7 +208,7 @@ def _encode_shard(folder: epath.Path, clips: epath.Path, budget: ErrorBudget, wo
         write_text = stack.enter_context(open_shard(beside("text")))
         write_known = stack.enter_context(open_shard(beside("known"))) if own.tail else None
         for crops, latents, tails in _encoded(work, records):
-            told = [texts_of(crop.captions, own.caption, own.temporal) for crop, _ in crops]
+            told = [texts_of(crop.captions, own.captions, own.temporal) for crop, _ in crops]
             new = list(dict.fromkeys(text for texts in told for text in texts if text not in numbers))
             for text, tokens in zip(new, work.texts(new), strict=True):
                 numbers[text] = len(numbers)
@@ -234,8 +233,8 @@ def _encoded(
     dispatched = None
     finish = lambda crops, parts, tails: (
         crops,
-        stored(np.concatenate([np.asarray(part) for part in parts], axis=1)[: len(crops)], encoder.dtype),
-        () if tails is None else stored(np.asarray(tails)[: len(crops)], encoder.dtype),
+        stored(np.concatenate([np.asarray(part) for part in parts], axis=1)[: len(crops)], own.dtype),
+        () if tails is None else stored(np.asarray(tails)[: len(crops)], own.dtype),
     )
     made = work.crops(records, own)
     while crops := list(itertools.islice(made, encoder.batch)):

@@ -42,6 +42,7 @@ TOKENS: Table = {"text": (STORED, ("n", "d"))}
 TEXT_BYTES = 256 << 20  # of encoded texts that a data set keeps on the host, the latest ones
 
 Caption = Literal["narrative", "static", "scene"]
+Stored = Literal["float16", "float32"]
 Side = Annotated[int, Field(gt=0, le=16384)]
 CropFrames = Annotated[int, Field(gt=0, le=1_000_001)]
 Conditioning = Annotated[int, Field(gt=0, le=4096)]
@@ -55,11 +56,12 @@ class LatentsManifest:
     codec: dict[str, Any] = Field(description="config of the codec")
     codec_sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")] = Field(description="of its parameters")
     text: dict[str, Any] = Field(description="config of the text encoder")
-    caption: Caption = Field(description="the caption that is encoded")
-    temporal: bool = Field(description="whether it is encoded with each temporal caption behind it too")
+    captions: tuple[Caption, ...] = Field(description="the captions that are encoded")
+    temporal: bool = Field(description="whether they are encoded with each temporal caption behind them too")
     frames: CropFrames = Field(description="video frames of a crop")
     grid: CropFrames = Field(description="frames between the first frames of two crops of a clip")
     size: tuple[Side, Side] = Field(description="height and width of the video")
+    dtype: Stored = Field(description="that latents are stored in")
     stride: PositiveInt = Field(description="video frames per latent frame")
     conditioning: Conditioning = Field(description="latent frames that may be known, at most")
     memory: Annotated[int, Field(ge=0, le=2**20)] = Field(
@@ -95,10 +97,10 @@ def manifest_json(manifest: LatentsManifest) -> dict[str, Any]:
     return json.loads(json.dumps({"format": FORMAT, **dataclasses.asdict(manifest)}))
 
 
-def texts_of(told: Captions, caption: Caption, temporal: bool) -> list[str]:
+def texts_of(told: Captions, captions: tuple[Caption, ...], temporal: bool) -> list[str]:
     """Every text that a crop, a shorter one, or a part of one can have; each once."""
-    prompts = [told.static if caption == "scene" else getattr(told, caption)]
-    if caption == "scene":
+    prompts = [told.static if caption == "scene" else getattr(told, caption) for caption in captions]
+    if "scene" in captions:
         prompts += [told.scene(event.start) for event in told.temporal if event.kind == "scene"]
     events = ["", *(event.text for event in told.temporal)] if temporal else []
     return list(dict.fromkeys([*prompts, *(with_event(prompt, e) for prompt in prompts for e in events)]))
@@ -163,17 +165,19 @@ class LatentRecords(Records):
         beside = ["text", "known"] if manifest.tail else ["text"]
         for name in beside:
             find_shards(folder, f"{split}_{name}", field)
-        self._grey = read_arrays((epath.Path(folder) / GREY).read_bytes(), GREY_FRAME)["grey"]
+        with reached(folder, field):
+            self._grey = read_arrays((epath.Path(folder) / GREY).read_bytes(), GREY_FRAME)["grey"]
 
     def decode(self, blob: bytes) -> LatentCrop:
         """Raises ClipError: not a crop of this data set."""
         crop, own = decode(blob, LatentCrop, LATENTS), self.manifest
         shape = (len(crop), len(crop.latents), *crop.latents.shape[1:])
         wanted = (own.frames, own.latent_frames, *self._grey.shape)
-        if shape != wanted:
-            raise ClipError(f"a crop of (frames, t, h, w, c) = {shape}: must be {wanted}")
-        if len(crop.texts) != len(texts_of(crop.captions, own.caption, own.temporal)):
-            raise ClipError(f"{len(crop.texts)} texts are not those of its captions")
+        if shape != wanted or crop.latents.dtype != own.dtype:
+            raise ClipError(f"a crop of (frames, t, h, w, c) = {shape}: must be {wanted}, of {own.dtype}")
+        texts, places = texts_of(crop.captions, own.captions, own.temporal), (*crop.texts, crop.start)
+        if len(places) != len(texts) + 1 or not all(isinstance(i, int) and i >= 0 for i in places):
+            raise ClipError(f"start and texts of a crop = {places!r:.80}: must be {len(texts) + 1} places")
         return crop
 
     def conditioning(
@@ -195,8 +199,10 @@ class LatentRecords(Records):
                 known <= self.manifest.conditioning, "conditioning frames", known, "more than were encoded"
             )
             tail = self._beside("known", record, lambda index: index * self.manifest.conditioning + known - 1)
-            found = read_arrays(tail, FRAMES)["latents"][: len(latents) - known]
-            image[known : known + len(found)] = found
+            found = read_arrays(tail, FRAMES)["latents"]
+            if found.shape != (self.manifest.tail, *self._grey.shape):
+                raise ClipError(f"conditioning latents of {found.shape}: not those of the crop")
+            image[known : known + len(found)] = found[: len(latents) - known]
         return image
 
     def text(self, record: int, crop: LatentCrop, texts: list[str]) -> Float[np.ndarray, "n l d"]:
@@ -205,21 +211,20 @@ class LatentRecords(Records):
         Raises:
           ClipError: the record is damaged, or such a text was not encoded.
         """
+        manifest = self.manifest
         own = dict(
-            zip(
-                texts_of(crop.captions, self.manifest.caption, self.manifest.temporal),
-                crop.texts,
-                strict=True,
-            )
+            zip(texts_of(crop.captions, manifest.captions, manifest.temporal), crop.texts, strict=True)
         )
-        made = np.zeros((len(texts), self.manifest.text["length"], self.manifest.text["dim"]), np.float32)
+        made = np.zeros((len(texts), manifest.text["length"], manifest.text["dim"]), np.float32)
         for row, text in zip(made, texts, strict=True):
             tokens = self._texts.get(text)
             if tokens is None:
-                tokens = read_arrays(self._beside("text", record, lambda _, text=text: own[text]), TOKENS)[
-                    "text"
-                ]
+                if text not in own:
+                    raise ClipError(f"the text {text!r:.80} was not encoded")
+                tokens = read_arrays(self._beside("text", record, lambda _, at=own[text]: at), TOKENS)["text"]
                 self._texts.put(text, tokens, tokens.nbytes)
+            if len(tokens) > len(row) or tokens.shape[1] != row.shape[1]:
+                raise ClipError(f"a text of {tokens.shape}: must be within {row.shape}")
             row[: len(tokens)] = tokens
         return made
 

@@ -19,6 +19,7 @@ from lingbot_jax.training.config import TrainConfig
 from lingbot_jax.training.objectives.world import draw_known
 from lingbot_jax.worlds.checksums import sha256_of
 from lingbot_jax.worlds.clips import texts_of
+from lingbot_jax.worlds.encode import stored_dtype
 from lingbot_jax.worlds.open import find, read_module
 from lingbot_jax.worlds.world import CODEC
 
@@ -26,9 +27,18 @@ ADVICE = "encode the clips again (experiments.encode)"
 
 
 def manifest_of(
-    codec: Codec, text: TextEncoder, *, frames: int, size: tuple[int, int], **fields: Any
+    codec: Codec,
+    text: TextEncoder,
+    *,
+    frames: int,
+    size: tuple[int, int],
+    dtype: str | None = None,
+    **fields: Any,
 ) -> LatentsManifest:
     """What latents by these are of; `fields`: the rest of the manifest.
+
+    Args:
+      dtype: that latents are stored in; None: as the codec rounds.
 
     Raises:
       ConfigError: a length or a size that the codec has not.
@@ -45,6 +55,7 @@ def manifest_of(
         memory=codec.config.memory,
         frames=frames,
         size=size,
+        dtype=dtype or stored_dtype(codec.config),
         **fields,
     )
 
@@ -93,7 +104,7 @@ def _check(config: TrainConfig, made: LatentsManifest, codec: str, path: str) ->
                 theirs.get(field),
             )
     check(codec == made.codec_sha256, "codec", config.codec, f"another codec, {made.codec_sha256[:12]}")
-    check(world.caption == made.caption, "world.caption", world.caption, made.caption)
+    check(world.caption in made.captions, "world.caption", world.caption, made.captions)
     check(config.intervals is None or made.temporal, "tasks.caption", tasks.caption, "clip")
     check(config.size in ((0, 0), made.size), "size", config.size, made.size)
     check(config.data.frames <= made.frames, "data.frames", config.data.frames, made.frames)

@@ -223,7 +223,8 @@ class _Phase:
         if self.encode_clips is None:
             latents = prepare_latents(self.config.world, rows, intervals)
             return self.unpack(multihost.global_array(self.mesh, latents, batch))
-        known = draw_known(self.config.seed, step, batch, self.config.tasks)[self.rows.start : self.rows.stop]
+        known = draw_known(self.config.seed, step, batch, self.config.tasks)
+        known = known[self.rows.start : self.rows.stop]
         clips = prepare(self.config.world, self.text, rows, known, intervals=intervals)
         return self.encode_clips(self.codec, self.text, multihost.global_array(self.mesh, clips, batch))
 

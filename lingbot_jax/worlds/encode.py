@@ -6,6 +6,7 @@ between them, so that neither the video in floats nor the activations of a long 
 
 import dataclasses
 import functools
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,9 +17,10 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Shaped, UInt8
 
 from lingbot_jax.models.codec import Codec, Stream, to_float
-from lingbot_jax.models.config import NgramConfig
+from lingbot_jax.models.config import CodecConfig, NgramConfig, TextConfig
 from lingbot_jax.models.text import TextEncoder
-from lingbot_jax.parallel.sharding import batch_sharding
+from lingbot_jax.parallel.mesh import BATCH_AXES
+from lingbot_jax.parallel.sharding import batch_sharding, constrain_batch
 
 TEXTS = 16  # that are encoded at a time, at least
 
@@ -38,13 +40,8 @@ class ClipEncoder:
     chunk: int
 
     @property
-    def dtype(self) -> str:
-        """To store latents in: finer than what the codec itself rounds to."""
-        return _stored(self.codec.config)
-
-    @property
     def text_dtype(self) -> str:
-        return _stored(self.text.config)
+        return stored_dtype(self.text.config)
 
     def latents(self, frames: UInt8[np.ndarray, "b f H W 3"]) -> list[Float[Array, "b n h w c"]]:
         """Latents of crops, each from its own first frame, chunk by chunk in time; dispatched, not waited for."""
@@ -76,22 +73,23 @@ class ClipEncoder:
 
     def texts(self, texts: Sequence[str]) -> list[Float[np.ndarray, "n d"]]:
         """Tokens of each text, as many as it has."""
-        shape = batch_sharding(self.mesh).shard_shape((self.mesh.size,))
-        count = max(TEXTS, self.mesh.size // shape[0])
+        rows = math.prod(self.mesh.shape[axis] for axis in BATCH_AXES)
+        count = rows * -(-TEXTS // rows)
         made: list[np.ndarray] = []
         for first in range(0, len(texts), count):
             some = list(texts[first : first + count])
             tokens = self.text.tokenize(some + [""] * (count - len(some)))
             with jax.set_mesh(self.mesh):
-                rows = np.asarray(_text(self.text, self._placed(tokens)))
-            made += [row[: int(m.sum())] for row, m in zip(rows, tokens.mask, strict=True)][: len(some)]
+                whole = np.asarray(_text(self.text, self._placed(tokens)))
+            made += [text[: int(m.sum())] for text, m in zip(whole, tokens.mask, strict=True)][: len(some)]
         return made
 
     def _placed(self, rows: Any) -> Any:
         return jax.device_put(rows, batch_sharding(self.mesh))
 
 
-def _stored(config: Any) -> str:
+def stored_dtype(config: CodecConfig | TextConfig) -> str:
+    """What keeps latents or texts of an encoder finer than it rounds itself: four times as fine as bfloat16, or all."""
     exact = isinstance(config, NgramConfig) or getattr(config, "dtype", "float32") == "float32"
     return "float32" if exact else "float16"
 
@@ -99,14 +97,14 @@ def _stored(config: Any) -> str:
 @jax.jit
 def _begin(codec: Codec, frames: Shaped[Array, "b f H W 3"]) -> tuple[Float[Array, "b n h w c"], Stream]:
     stream = codec.init_encode_stream(frames.shape[0], *frames.shape[2:4])
-    return codec.encode_chunk(to_float(frames), stream, first=True)
+    return jax.tree.map(constrain_batch, codec.encode_chunk(to_float(frames), stream, first=True))
 
 
 @functools.partial(jax.jit, donate_argnames="stream")
 def _encode(
     codec: Codec, frames: Shaped[Array, "b f H W 3"], stream: Stream
 ) -> tuple[Float[Array, "b n h w c"], Stream]:
-    return codec.encode_chunk(to_float(frames), stream, first=False)
+    return jax.tree.map(constrain_batch, codec.encode_chunk(to_float(frames), stream, first=False))
 
 
 @functools.partial(jax.jit, static_argnames="length")
@@ -124,7 +122,7 @@ def _tails(codec: Codec, frames: Shaped[Array, "b f H W 3"], length: int) -> Flo
         return codec.encode_chunk(following, stream, first=False)[1], tail
 
     stream = codec.init_encode_stream(batch, height, width)
-    stream = codec.encode_chunk(video[:, :1], stream, first=True)[1]
+    stream = jax.tree.map(constrain_batch, codec.encode_chunk(video[:, :1], stream, first=True)[1])
     groups = jnp.concatenate([video[:, 1:], grey], axis=1)  # the last is not looked at
     groups = jnp.moveaxis(groups.reshape(batch, -1, group, height, width, 3), 1, 0)
     tails = jax.lax.scan(known, stream, groups)[1]  # k m b h w c

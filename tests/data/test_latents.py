@@ -80,7 +80,7 @@ def codec_of(config):
 
 def encode_config(folder, codec, out, **fields):
     data = DataConfig(path=str(folder / "clips"), frames=13, batch=4)
-    values = {"text": TEXT, "grid": 4, "size": SIZE, "conditioning": 3, "chunk": 2, "caption": "scene"}
+    values = {"text": TEXT, "grid": 4, "size": SIZE, "conditioning": 3, "chunk": 2, "captions": ("scene",)}
     given = values | {"out": str(folder / out), "data": data, "codec": str(folder / codec)} | fields
     return EncodeConfig(**given)
 
@@ -176,7 +176,6 @@ class Means:
 
     death: int = -1
     batch: int = 2
-    dtype: str = "float32"
     text_dtype: str = "float32"
     asked: list = dataclasses.field(default_factory=list)
 
@@ -201,8 +200,8 @@ class Means:
 
 def manifest(folder, **fields):
     values = {"clips": str(folder / "clips"), "codec": {}, "codec_sha256": "0" * 64}
-    values |= {"text": {"length": 40, "dim": 2}, "caption": "scene", "temporal": True, "frames": 13}
-    values |= {"grid": 4, "size": SIZE, "stride": 4, "conditioning": 3, "memory": 1}
+    values |= {"text": {"length": 40, "dim": 2}, "captions": ("scene",), "temporal": True, "frames": 13}
+    values |= {"grid": 4, "size": SIZE, "stride": 4, "conditioning": 3, "memory": 1, "dtype": "float32"}
     return latents.LatentsManifest(**values | fields)
 
 
@@ -320,7 +319,7 @@ def test_latents_that_do_not_fit_the_run_are_one_line(runs):
         ),
         (
             {"world": dataclasses.replace(world, caption="narrative")},
-            r"config.world.caption = 'narrative': \S*latents holds latents of 'static'; encode the clips again",
+            r"config.world.caption = 'narrative': \S*latents holds latents of \('static',\); encode the clips again",
         ),
         ({"size": (16, 16)}, r"config.size = \(16, 16\): \S* holds latents of \(16, 32\)"),
         (
