@@ -18,6 +18,8 @@ import threading
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import cv2
+
 from lingbot_jax.config import require
 from lingbot_jax.data.records import DATASET, SUFFIX, file_sha256, shard_name, write_shard
 from lingbot_jax.data.schema import SCHEMA_VERSION
@@ -29,7 +31,7 @@ from lingbot_jax.engine.curate.write import record
 from lingbot_jax.files import reached, read_json, write_whole
 
 STARTED, WORK, DROPPED = "curate.json", ".parts", "dropped.jsonl"
-CLIPS = 16  # of a part of `annotate`: minutes of work that a stop may cost
+CLIPS = 8  # of a part of `annotate`: a minute of work, which a stop may cost
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,6 +149,7 @@ def _rows(path: str) -> Iterator[dict[str, Any]]:
 
 def make_part(config: CurateConfig, part: Part) -> None:
     """Makes one part; runs in whatever process a runner chooses."""
+    cv2.setNumThreads(1)  # a process a core already
     if part.kind == "write":
         _write_part(config, part)
         return
@@ -261,10 +264,11 @@ def _finish(
     heads = [next(_rows(path)) for path in parts]
     made = [next(_rows(path)) for path in shards]
     dropped = [row["dropped"] for path in parts for row in _rows(path) if "dropped" in row]
-    for clip_id in sorted(left_out):
-        path, index = found[clip_id].at
-        clip = items.from_json(next(r for i, r in enumerate(_rows(path)) if i == index)["clip"])
-        dropped.append(stages.dropped_row("select", clip, left_out[clip_id]))
+    places = {found[clip_id].at: reason for clip_id, reason in left_out.items()}
+    for path in sorted({path for path, _ in places}):
+        for i, row in enumerate(_rows(path)):
+            if (path, i) in places:
+                dropped.append(stages.dropped_row("select", items.from_json(row["clip"]), places[path, i]))
     dropped += [row for shard in made for row in shard["dropped"]]
     dropped.sort(key=lambda row: (row["file"], row.get("start", -1.0)))
     write_whole(out / DROPPED, "".join(json.dumps(row) + "\n" for row in dropped))

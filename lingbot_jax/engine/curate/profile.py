@@ -7,7 +7,7 @@ import numpy as np
 from jaxtyping import Float, UInt8
 
 from lingbot_jax.engine.curate.config import CurateConfig
-from lingbot_jax.engine.curate.frames import analysed, read
+from lingbot_jax.engine.curate.frames import Frames, analysed, fit, read
 from lingbot_jax.engine.curate.items import Clip, Rejected
 
 _DARK = 24  # luma of a bar's brightest pixel: black is 16 in video, and codecs ring
@@ -75,10 +75,8 @@ def profile(config: CurateConfig, clip: Clip) -> Clip:
     Raises:
       Rejected: black, blurred or frozen, or it cannot be read.
     """
-    whole = np.stack(
-        [cv2.cvtColor(f, cv2.COLOR_RGB2GRAY) for f in read(clip, _whole(clip))[:: max(1, clip.frames // 8)]]
-    )
-    clip = dataclasses.replace(clip, box=bars(whole))
+    whole = _uncut(config, clip)[:: max(1, clip.frames // 8)]
+    clip = dataclasses.replace(clip, box=bars(np.stack([cv2.cvtColor(f, cv2.COLOR_RGB2GRAY) for f in whole])))
     frames = analysed(clip, config.pose.width, config.size)
     grey = np.stack([cv2.cvtColor(f, cv2.COLOR_RGB2GRAY) for f in frames])
     luma = grey.mean(axis=(1, 2))
@@ -106,7 +104,9 @@ def profile(config: CurateConfig, clip: Clip) -> Clip:
     return clip.noted("profile", findings)
 
 
-def _whole(clip: Clip) -> tuple[int, int]:
-    """A size of the whole picture's own shape, at most 320 wide or high: bars are found to a pixel of it."""
+def _uncut(config: CurateConfig, clip: Clip) -> Frames:
+    """The whole pictures: as they are looked at afterwards if nothing is cut off, else at most 320 wide or high."""
+    if fit(clip.video, clip.box, config.size)[0] == config.size:
+        return analysed(clip, config.pose.width, config.size)
     scale = min(1.0, 320 / max(clip.video.height, clip.video.width))
-    return max(16, round(clip.video.height * scale)), max(16, round(clip.video.width * scale))
+    return read(clip, (max(16, round(clip.video.height * scale)), max(16, round(clip.video.width * scale))))

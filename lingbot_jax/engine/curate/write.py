@@ -24,6 +24,7 @@ def record(config: CurateConfig, clip: Clip, split: str) -> bytes:
         "profile": notes["profile"],
         "pose": {k: v for k, v in notes["pose"].items() if k != "c2w"},
         "keys": {k: v for k, v in notes["keys"].items() if k != "rows"},
+        "temporal": told["dense"],
     }
     c2w = np.tile(np.eye(4), (clip.frames, 1, 1))
     c2w[:, :3] = np.array(notes["pose"]["c2w"]).reshape(-1, 3, 4)
