@@ -17,7 +17,10 @@ high-noise expert, `distill` learns from both, which are joined first:
     python -m experiments.train --config=experiments/configs/w14b.py:causal  --distributed
     python -m experiments.train --config=experiments/configs/w14b.py:distill --distributed
 
-`evaluate` measures the trained world.
+`evaluate` measures the trained world. `fast` is the causal student as it is played: what the plans of serving are of.
+
+    python -m experiments.plan --config=experiments/configs/w14b.py:fast --topology=tpu7x:2x2x1 --program=chunk \\
+        --weights=whole
 """
 
 import dataclasses
@@ -74,9 +77,11 @@ def get_config(argument: str = "world") -> ConfigDict:
         return template(EvaluateConfig, {"run": f"{ROOT}/action-{expert}", "out": f"{ROOT}/evaluation"})
     if stage in POST_TRAINING:
         return _post_training(stage)
+    if stage == "fast":
+        return _fast()
     if stage not in CURRICULUM or expert not in EXPERTS:
         raise ValueError(
-            f"w14b.py:{argument}: choose world, action, causal, distill or evaluate; world,low and world,both as well"
+            f"w14b.py:{argument}: choose world, action, causal, distill, fast or evaluate; world,low, world,both too"
         )
     control = {"world": "none", "action": "cam"}[stage]
     network = dataclasses.asdict(W14B) | {"control": control, "remat": "full"}
@@ -106,6 +111,14 @@ def get_config(argument: str = "world") -> ConfigDict:
             "curriculum": CURRICULUM[stage],
         },
     )
+
+
+def _fast() -> ConfigDict:
+    config = _post_training("causal")
+    with config.unlocked():
+        config.update({"curriculum": (), "mesh": {"fsdp": 1, "seq": -1}})
+        config.world.networks.world.remat = "none"
+    return config
 
 
 def _post_training(stage: str) -> ConfigDict:
