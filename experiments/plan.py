@@ -4,9 +4,11 @@
     python -m experiments.plan --config=... --topology=v5p:8x8x8 --phase=all
     python -m experiments.plan --config=... --topology=v6e:8x8 --search
     python -m experiments.plan --config=... --topology=v6e:8x8 --program=encode --json
+    python -m experiments.plan --config=experiments/configs/w14b.py:fast --topology=tpu7x:2x2x1 --program=chunk
 
 It plans the step of the first phase of the config's curriculum, or of another with --phase; --search tries other
-meshes. docs/parallelism.md explains every figure. Needs the `tpu` extra (libtpu compiles on any Linux machine).
+meshes. A program of serving is planned for one session or clip on all devices. docs/parallelism.md explains every
+figure, docs/serving.md those of serving. Needs the `tpu` extra (libtpu compiles on any Linux machine).
 """
 
 import contextlib
@@ -22,17 +24,27 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from experiments import common
 from experiments.common import UserError
 from lingbot_jax.planning.estimate import Plan, plan_encode, plan_train
+from lingbot_jax.planning.latency import COMPUTES, plan_serving
 from lingbot_jax.planning.programs import Where, case
-from lingbot_jax.planning.report import describe, line
+from lingbot_jax.planning.report import describe, describe_serving, line
 from lingbot_jax.planning.search import search
+from lingbot_jax.planning.serving import serving
 from lingbot_jax.training.config import TrainConfig
 
+SERVED = ("chunk", "decode", "sample")
 CONFIG = common.define_config(TrainConfig)
 TOPOLOGY = flags.DEFINE_string("topology", None, "TPU generation and shape, e.g. v5p:8x8x4 or v6e:8x8")
 SLICES = flags.DEFINE_integer("slices", 1, "slices of that shape, joined along the data axis", lower_bound=1)
 PROGRAM = flags.DEFINE_enum(
-    "program", "train", ["train", "encode"], "the training step, or the encoders' program"
+    "program",
+    "train",
+    ["train", "encode", *SERVED],
+    "the training step, the encoders' program, or of serving: a chunk of play, its decoding, a whole clip",
 )
+WEIGHTS = flags.DEFINE_enum(
+    "weights", "split", ["split", "whole"], "of serving: parameters split over the devices, or whole on each"
+)
+QUANTIZE = flags.DEFINE_enum("quantize", "none", list(COMPUTES), "of serving: how parameters are stored")
 PHASE = flags.DEFINE_string("phase", "0", "index of a phase of the curriculum, or all: one line per phase")
 HEIGHT = flags.DEFINE_integer("height", None, "pixels; of the config's size by default")
 WIDTH = flags.DEFINE_integer("width", None, "pixels; of the config's size by default")
@@ -92,11 +104,23 @@ def print_search(config: TrainConfig, where: Where, phase: int) -> None:
     print("flags: " + (" ".join(found[0].flags) or "none, the config as it is"))
 
 
+def print_serving(config: TrainConfig, where: Where) -> None:
+    made = serving(config, where, WEIGHTS.value)
+    with working(f"compiling {PROGRAM.value} for {where.topology}: a minute or two per program"):
+        plan = plan_serving(made, PROGRAM.value, QUANTIZE.value)
+    print(json.dumps(dataclasses.asdict(plan)) if JSON.value else describe_serving(plan))
+
+
 def main() -> None:
     config = common.load(CONFIG, TrainConfig)
     if TOPOLOGY.value is None:
         raise UserError("--topology is missing: give e.g. --topology=v5p:4x4x4")
     where = Where(TOPOLOGY.value, SLICES.value, HEIGHT.value, WIDTH.value)
+    if PROGRAM.value in SERVED:
+        if PHASE.value != "0" or SEARCH.value:
+            raise UserError(f"--program={PROGRAM.value}: has no phases, and nothing to search")
+        print_serving(config, where)
+        return
     if PHASE.value == "all" and SEARCH.value:
         raise UserError("--search with --phase=all: give one phase")
     if PHASE.value == "all":

@@ -19,6 +19,10 @@ high-noise expert, `distill` learns from both, which are joined first:
 
 `evaluate` measures the trained world. `encode` makes latents of the clips, crops of 81 frames, which a phase of as many
 takes in their place (docs/data.md).
+`evaluate` measures the trained world. `fast` is the causal student as it is played: what the plans of serving are of.
+
+    python -m experiments.plan --config=experiments/configs/w14b.py:fast --topology=tpu7x:2x2x1 --program=chunk \\
+        --weights=whole
 """
 
 import dataclasses
@@ -81,9 +85,11 @@ def get_config(argument: str = "world") -> ConfigDict:
         return template(EncodeConfig, fields | {"captions": ("narrative", "static")})
     if stage in POST_TRAINING:
         return _post_training(stage)
+    if stage == "fast":
+        return _fast()
     if stage not in CURRICULUM or expert not in EXPERTS:
         raise ValueError(
-            f"w14b.py:{argument}: choose encode, world, action, causal, distill or evaluate; "
+            f"w14b.py:{argument}: choose encode, world, action, causal, distill, fast or evaluate; "
             "world,low and world,both as well"
         )
     control = {"world": "none", "action": "cam"}[stage]
@@ -114,6 +120,14 @@ def get_config(argument: str = "world") -> ConfigDict:
             "curriculum": CURRICULUM[stage],
         },
     )
+
+
+def _fast() -> ConfigDict:
+    config = _post_training("causal")
+    with config.unlocked():
+        config.update({"curriculum": (), "mesh": {"fsdp": 1, "seq": -1}})
+        config.world.networks.world.remat = "none"
+    return config
 
 
 def _post_training(stage: str) -> ConfigDict:

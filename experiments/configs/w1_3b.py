@@ -5,7 +5,8 @@
     python -m experiments.plan  --config=experiments/configs/w1_3b.py:world  --topology=v5e:4x4
 
 `world` starts from a random initialisation unless --config.init names a converted bundle; the VAE and the text
-encoder are those of a bundle in either case. `evaluate` measures the trained world.
+encoder are those of a bundle in either case. `evaluate` measures the trained world. `fast` is a causal student of this
+size as LingBot-World 2.0 has it, chunks of 16 frames, for the plans of serving.
 """
 
 import dataclasses
@@ -39,8 +40,10 @@ CURRICULUM = {
 def get_config(stage: str = "world") -> ConfigDict:
     if stage == "evaluate":
         return template(EvaluateConfig, {"run": f"{ROOT}/action", "out": f"{ROOT}/evaluation"})
+    if stage == "fast":
+        return _fast()
     if stage not in CURRICULUM:
-        raise ValueError(f"w1_3b.py:{stage}: unknown stage; choose world, action or evaluate")
+        raise ValueError(f"w1_3b.py:{stage}: unknown stage; choose world, action, fast or evaluate")
     start = {} if stage == "world" else {"init": f"{ROOT}/world"}
     control = {"world": "none", "action": "cam_act"}[stage]
     return template(
@@ -63,5 +66,29 @@ def get_config(stage: str = "world") -> ConfigDict:
             "optimizer": {"learning_rate": 1e-4, "warmup": 1000, "decay": "cosine"},
             "checkpoint": {"every": 500},
             "curriculum": CURRICULUM[stage],
+        },
+    )
+
+
+def _fast() -> ConfigDict:
+    return template(
+        TrainConfig,
+        {
+            "run": f"{ROOT}/causal",
+            "stage": "causal",
+            "steps": 3000,
+            "init": f"{ROOT}/action",
+            "codec": "bundles/wan2.2-i2v-a14b",
+            "world": {
+                "networks": {"world": dataclasses.asdict(W1_3B) | {"control": "cam"}},
+                "codec": {"kind": "wan_vae"},
+                "text": {"kind": "umt5"},
+                "causal": {"chunk": 4, "levels": (0, 250, 500, 750)},
+            },
+            # Latent frames of a clip are a multiple of the chunk.
+            "data": {"path": f"{ROOT}/data", "frames": 77, "batch": 16},
+            "size": (480, 832),
+            "tasks": {"continuation": 0.0},
+            "mesh": {"fsdp": 1, "seq": -1},
         },
     )

@@ -4,12 +4,15 @@
     fsdp   parameters, optimiser state and the batch (ZeRO-3)
     seq    tokens of one sample (Ulysses, ring), and parameters again: they are sharded over fsdp x seq
 
-`seq` is the innermost axis, so the devices that exchange activations in every layer are neighbours.
+`seq` is the innermost axis, so the devices that exchange activations in every layer are neighbours. A mesh on which
+parameters are whole on every device has a fourth axis, `whole`, of one device: `sharding` reads its column of the
+table off the mesh, as traced code does everything else.
 """
 
+import dataclasses
 import math
 from collections.abc import Sequence
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import jax
 import numpy as np
@@ -19,7 +22,7 @@ from pydantic import Field
 
 from lingbot_jax.config import config, require
 
-DATA, FSDP, SEQ = "data", "fsdp", "seq"
+DATA, FSDP, SEQ, WHOLE = "data", "fsdp", "seq", "whole"
 MESH_AXES = (DATA, FSDP, SEQ)
 BATCH_AXES = (DATA, FSDP)  # the batch dimension is split over both
 
@@ -37,6 +40,11 @@ class MeshConfig:
     ulysses: AxisSize = Field(
         -1,
         description="devices of seq that exchange heads for tokens, the rest is a ring; -1: as many as divide",
+    )
+    weights: Literal["split", "whole"] = Field(
+        "split",
+        description="parameters split over fsdp x seq and gathered where they are used, or whole on every device: "
+        "more memory, and nothing to wait for",
     )
 
     def __post_init__(self):
@@ -70,7 +78,7 @@ class MeshConfig:
             f"product {known} must divide the {devices} devices",
         )
         data, fsdp, seq = (devices // known if s == -1 else s for s in self.sizes)
-        return MeshConfig(data=data, fsdp=fsdp, seq=seq, ulysses=self.ulysses)
+        return dataclasses.replace(self, data=data, fsdp=fsdp, seq=seq)
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
@@ -96,7 +104,10 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
         )
         sizes = (config.data // count, config.fsdp, config.seq)
         grid = np.concatenate([arrange(slices[index], sizes) for index in sorted(slices)])
-    return Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+    axes = MESH_AXES if config.weights == "split" else (*MESH_AXES, WHOLE)
+    return Mesh(
+        grid.reshape(*grid.shape, *[1] * (len(axes) - 3)), axes, axis_types=(AxisType.Auto,) * len(axes)
+    )
 
 
 def arrange(devices: list[Any], sizes: tuple[int, int, int]) -> np.ndarray:

@@ -7,6 +7,10 @@ gradient is scattered again there (`linear`; `gathered` for small parameters). A
 (`constrain_tokens`). So every device holds an equal part of every frame, per-frame modulation needs no
 communication, and block-causal attention is balanced by construction.
 
+Play on few devices wants a chunk soon: gathering every matrix in every pass would take longer than the video lasts. On
+a mesh with the axis `whole` the table's second column holds: parameters are whole on every device, nothing of them is
+sent, and `linear` is a product of what a device has.
+
 Model code calls `linear`, `gathered` and `constrain_tokens` unconditionally: they read the mesh that the caller
 entered with `jax.set_mesh(mesh)`; one device has nothing to move, and there they do nothing. A module never holds a
 mesh.
@@ -24,40 +28,47 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from lingbot_jax import axes as ax
 from lingbot_jax.config import ConfigError
-from lingbot_jax.parallel.mesh import BATCH_AXES, FSDP, SEQ
+from lingbot_jax.parallel.mesh import BATCH_AXES, FSDP, SEQ, WHOLE
 
 T = TypeVar("T")
-Rules = Mapping[str, tuple[str, ...]]
+Rules = Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]]
 
-# Every logical axis stands here once. EMBED is a dimension of every large matrix, so splitting it alone
-# shards everything that weighs; one split dimension means one gather and one scatter a matrix.
+# Every logical axis stands here once: its mesh axes where parameters are split, and where they are whole. EMBED is a
+# dimension of every large matrix, so splitting it alone shards everything that weighs; one split dimension means one
+# gather and one scatter a matrix.
 PARAMETER_RULES: Rules = {
-    ax.EMBED: (FSDP, SEQ),
-    ax.NORM: (FSDP, SEQ),
-    ax.LORA: (FSDP, SEQ),  # of adapters the wide side, whatever that of the adapted matrix is
-    ax.LAYERS: (),  # scanned: a step of the scan needs its layer from every device
-    ax.HEADS: (),
-    ax.MLP: (),
-    ax.INPUT: (),
-    ax.OUTPUT: (),
-    ax.VOCAB: (),
-    ax.KERNEL: (),
-    ax.RANK: (),
+    ax.EMBED: ((FSDP, SEQ), ()),
+    ax.NORM: ((FSDP, SEQ), ()),
+    ax.LORA: ((FSDP, SEQ), ()),  # of adapters the wide side, whatever that of the adapted matrix is
+    ax.LAYERS: ((), ()),  # scanned: a step of the scan needs its layer from every device
+    ax.HEADS: ((), ()),
+    ax.MLP: ((), ()),
+    ax.INPUT: ((), ()),
+    ax.OUTPUT: ((), ()),
+    ax.VOCAB: ((), ()),
+    ax.KERNEL: ((), ()),
+    ax.RANK: ((), ()),
 }
 
 
-def spec(axes: tuple[str | None, ...], rules: Rules = PARAMETER_RULES) -> PartitionSpec:
+def spec(axes: tuple[str | None, ...], mesh: Mesh | AbstractMesh | None = None) -> PartitionSpec:
     """Mesh axes of an array whose dimensions have these logical axes (None: not split).
+
+    Args:
+      mesh: says which column of the table holds; None: the mesh of the program being traced.
 
     Raises:
       ConfigError: an axis that the table does not know, or one mesh axis for two dimensions.
     """
+    column = WHOLE in (jax.sharding.get_abstract_mesh() if mesh is None else mesh).shape
     used: dict[str, str] = {}
     parts = []
     for name in axes:
-        if name is not None and name not in rules:
-            raise ConfigError(f"axes = {axes}: {name!r} is not in the sharding table ({', '.join(rules)})")
-        mesh_axes = () if name is None else tuple(rules[name])
+        if name is not None and name not in PARAMETER_RULES:
+            raise ConfigError(
+                f"axes = {axes}: {name!r} is not in the sharding table ({', '.join(PARAMETER_RULES)})"
+            )
+        mesh_axes = () if name is None else PARAMETER_RULES[name][column]
         for mesh_axis in mesh_axes:
             if mesh_axis in used:
                 raise ConfigError(
@@ -102,7 +113,7 @@ def shardings_by_path(tree: T, axes: Mapping[str, tuple[str | None, ...]], mesh:
         names = [key.key for key in path if getattr(key, "key", None) in axes]
         if not names or len(leaf.shape) != len(axes[names[-1]]):
             return NamedSharding(mesh, PartitionSpec())
-        parts = spec(axes[names[-1]])
+        parts = spec(axes[names[-1]], mesh)
         for size, mesh_axes in zip(leaf.shape, parts, strict=True):
             check_divides(f"{names[-1]} {tuple(leaf.shape)}", size, mesh_axes or (), mesh)
         return NamedSharding(mesh, parts)
@@ -240,9 +251,25 @@ def constrain_cache(x: jax.Array) -> jax.Array:
     """
     if not is_split():
         return x
-    return jax.lax.with_sharding_constraint(
-        x, PartitionSpec(None, _fits(x.shape[1], BATCH_AXES), None, None, _fits(x.shape[4], (SEQ,)))
-    )
+    return jax.lax.with_sharding_constraint(x, cache_spec(x.shape))
+
+
+def cache_spec(shape: tuple[int, ...]) -> PartitionSpec:
+    """Mesh axes of cached keys or values, see `constrain_cache`."""
+    return PartitionSpec(None, _fits(shape[1], BATCH_AXES), None, None, _fits(shape[4], (SEQ,)))
+
+
+def constrain_columns(x: jax.Array) -> jax.Array:
+    """Pins images `b t h w c` to batch over data x fsdp and columns of pixels over seq: a decoder's convolutions then
+    exchange the borders of what their devices have. Columns that do not divide stay whole."""
+    if not is_split():
+        return x
+    return jax.lax.with_sharding_constraint(x, columns_spec(x.shape))
+
+
+def columns_spec(shape: tuple[int, ...]) -> PartitionSpec:
+    """Mesh axes of images, see `constrain_columns`."""
+    return PartitionSpec(_fits(shape[0], BATCH_AXES), None, None, _fits(shape[3], (SEQ,)))
 
 
 def _fits(size: int, mesh_axes: tuple[str, ...]) -> tuple[str, ...] | None:

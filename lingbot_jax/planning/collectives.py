@@ -19,7 +19,7 @@ class Collective:
     Attributes:
       kind: e.g. `all-gather`. axes: mesh axes it spans. shapes: of its results.
       bytes: a device receives, all runs of a step together, if done in the fewest bytes (ring).
-      runs: times a step. op: the JAX operation it comes from.
+      runs: times a step. op: the JAX operation it comes from. name: of the instruction.
     """
 
     kind: str
@@ -28,6 +28,7 @@ class Collective:
     bytes: float
     runs: int
     op: str
+    name: str = ""
 
 
 def collectives(module: HloModule, mesh_shape: dict[str, int]) -> list[Collective]:
@@ -43,7 +44,9 @@ def collectives(module: HloModule, mesh_shape: dict[str, int]) -> list[Collectiv
             if slices := _between_slices(made):
                 kind, members = slices
                 received = _received(kind, made.shapes[0].bytes, members) * times
-                found.append(Collective(kind, (DATA,), made.shapes[:1], received, times, operation(made)))
+                found.append(
+                    Collective(kind, (DATA,), made.shapes[:1], received, times, operation(made), made.name)
+                )
                 continue
             kind = made.opcode.removesuffix("-start")
             # One collective that is spread over several fusions stands in each: it counts where it starts.
@@ -56,7 +59,7 @@ def collectives(module: HloModule, mesh_shape: dict[str, int]) -> list[Collectiv
                 kind = "reduce-scatter"
                 shapes = tuple(Shape(s.dtype, (s.elements // groups.shape[1],), s.scratch) for s in shapes)
             received = _received(kind, sum(s.bytes for s in shapes), groups.shape[1])
-            found.append(Collective(kind, axes, shapes, received * times, times, operation(made)))
+            found.append(Collective(kind, axes, shapes, received * times, times, operation(made), made.name))
     return found
 
 

@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,16 +13,15 @@ from lingbot_jax import axes as ax
 from lingbot_jax.models.params import flat_params
 from lingbot_jax.parallel import sharding
 from lingbot_jax.parallel.mesh import DATA, SEQ
+from lingbot_jax.planning.compiled import MARGIN, compiled_or_needed, total_bytes
 from lingbot_jax.planning.hlo import HloModule
 from lingbot_jax.planning.intended import Intended, Matrix, state_faults
 from lingbot_jax.planning.programs import Case, tokens_of
 from lingbot_jax.planning.roofline import Roofline, collective_bytes, roofline
 from lingbot_jax.training.networks import templates
 from lingbot_jax.training.state import TrainState
-from lingbot_jax.training.step import Program
 
 ATTENTION_BACKWARD = 2.5  # of a self-attention forward, in kernels: five products for two
-MARGIN = 0.05  # of HBM that a fit leaves free: fragments, and what runs beside the program
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,13 +90,13 @@ def plan_encode(case: Case) -> Plan:
     held = {"state": sharding.count_bytes(case.state()), "batch": sharding.count_bytes(clips)}
     held["encoders"] = sharding.count_bytes((codec, text))
     plan = _plan(case, "encode", held)
-    compiled = _compile(program)
+    compiled = compiled_or_needed(program)
     if isinstance(compiled, int):
         return plan.holding(total=compiled + held["state"])
     module, memory = HloModule(compiled.as_text()), compiled.memory_analysis()
     plan, _ = _counted(plan, case, module)
     parts = {"temporaries": memory.temp_size_in_bytes, "program": memory.generated_code_size_in_bytes}
-    return plan.holding(**parts, total=_total(memory) + held["state"])
+    return plan.holding(**parts, total=total_bytes(memory) + held["state"])
 
 
 def plan_train(case: Case, tokens: float = 1e11) -> Plan:
@@ -114,7 +112,7 @@ def plan_train(case: Case, tokens: float = 1e11) -> Plan:
     held["encoders"] = sharding.count_bytes(case.encode().args[:2])
     unseen = sharding.count_bytes(whole) - sharding.count_bytes(state) + held["encoders"]
     plan = _plan(case, "train", held)
-    compiled = _compile(program)
+    compiled = compiled_or_needed(program)
     if isinstance(compiled, int):
         return plan.holding(total=compiled + unseen)
     module, memory = HloModule(compiled.as_text()), compiled.memory_analysis()
@@ -124,7 +122,7 @@ def plan_train(case: Case, tokens: float = 1e11) -> Plan:
         activations=kept,
         temporaries=memory.temp_size_in_bytes - kept,
         program=memory.generated_code_size_in_bytes,
-        total=_total(memory) + unseen,
+        total=total_bytes(memory) + unseen,
     )
     plan, line = (_counted if case.run.stage == "distill" else _arithmetic)(plan, case, module)
     seen = {name: sharding.count_bytes(tree) for name, tree in _parts(state).items()}
@@ -159,35 +157,6 @@ def _plan(case: Case, program: str, held: dict[str, int]) -> Plan:
         hbm_limit_bytes=int(case.chip.hbm),
         hbm_bytes_per_chip=held,
     )
-
-
-def _compile(program: Program) -> jax.stages.Compiled | int:
-    """The compiled program, or the bytes that one needs that does not fit."""
-    lowered = program.lower()
-    try:
-        return lowered.compile()
-    except jax.errors.JaxRuntimeError as error:
-        needed = _needed(error)
-        if needed is None:
-            raise
-        return needed
-
-
-def _needed(error: Exception) -> int | None:
-    """Bytes, from the compiler's out-of-memory message; of a step far too large it counts temporaries alone."""
-    text = " ".join(str(error).split())
-    found = re.search(r"Used ([\d.]+)([KMG]) of [\d.]+[KMG] hbm", text)
-    found = found or re.search(
-        r"required for HLO temporaries \(([\d.]+)([KMG])\) exceeds available HBM", text
-    )
-    return found and int(float(found[1]) * {"K": 2**10, "M": 2**20, "G": 2**30}[found[2]])
-
-
-def _total(memory: Any) -> int:
-    """Bytes of a running program. Outputs live in donated arguments, except for those that are not aliased."""
-    outputs = memory.output_size_in_bytes - memory.alias_size_in_bytes
-    work = memory.temp_size_in_bytes + memory.generated_code_size_in_bytes
-    return memory.argument_size_in_bytes + outputs + work
 
 
 def _arithmetic(plan: Plan, case: Case, module: HloModule) -> tuple[Plan, Roofline]:

@@ -15,6 +15,7 @@ _BYTES |= {"s16": 2, "u16": 2, "s32": 4, "u32": 4, "f32": 4, "s64": 8, "u64": 8,
 _SHAPE = re.compile(r"\b([a-z]+\d*\w*)\[([\d,]*)\](\{[^}]*\})?")
 # Opcodes that name values or run other computations, and move nothing themselves.
 _FREE = {"parameter", "tuple", "get-tuple-element", "bitcast", "constant", "while", "conditional", "call"}
+KERNEL = 'custom_call_target="tpu_custom_call"'  # of a hand-written kernel's instruction
 _FREE |= {"after-all", "iota", "partition-id", "replica-id", "opt-barrier"}
 
 
@@ -89,16 +90,16 @@ class HloModule:
 
     def __init__(self, text: str):
         self.computations: dict[str, dict[str, Instruction]] = {}
-        self._entry = ""
+        self.entry = ""
         current: dict[str, Instruction] = {}
         for line in re.sub(r"/\*index=\d+\*/", "", text).splitlines():
             header = re.match(r"(ENTRY )?%?([\w.\-]+) \(.*\{$", line)
             if header and " = " not in line.split("(")[0]:
                 current = self.computations[header[2]] = {}
-                self._entry = header[2] if header[1] else self._entry
+                self.entry = header[2] if header[1] else self.entry
             elif made := _instruction(line):
                 current[made.name] = made
-        if not self._entry:
+        if not self.entry:
             raise ValueError("not an HLO module: no ENTRY computation")
 
     def trips(self, loop: Instruction, computation: dict[str, Instruction]) -> range:
@@ -126,6 +127,10 @@ class HloModule:
             return range(start, int(bound.arguments))
         raise ValueError(f"while loop {loop.name}: its number of runs is not a constant")
 
+    def branch(self, made: Instruction) -> str:
+        """The computation of a conditional that counts: the costliest is not known, so it is the first."""
+        return re.search(r"(?:branch_computations=\{|true_computation=)%?([\w.\-]+)", made.rest)[1]
+
     @functools.cached_property
     def runs(self) -> dict[str, int]:
         """How often each computation runs in a step."""
@@ -140,11 +145,10 @@ class HloModule:
                     called = made.attribute("calls") or made.attribute("to_apply")
                     if called in self.computations:
                         visit(called, times)
-                elif made.opcode == "conditional":  # the costliest branch is not known: count the first
-                    branch = re.search(r"(?:branch_computations=\{|true_computation=)%?([\w.\-]+)", made.rest)
-                    visit(branch[1], times)
+                elif made.opcode == "conditional":
+                    visit(self.branch(made), times)
 
-        visit(self._entry, 1)
+        visit(self.entry, 1)
         return dict(runs)
 
     def matmul_flops(self) -> int:
@@ -156,14 +160,33 @@ class HloModule:
             if made.opcode in ("convolution", "dot")
         )
 
+    def products(self, name: str) -> int:
+        """As `matmul_flops`, of one run of a computation and of the fusions that it calls."""
+        return sum(self.flops_of(made, self.computations[name]) for made in self.computations[name].values())
+
+    def flops_of(self, made: Instruction, computation: dict[str, Instruction]) -> int:
+        """Of one instruction, a fusion's with what it fuses."""
+        if made.opcode == "fusion":
+            return self.products(made.attribute("calls"))
+        return _contraction_flops(made, computation) if made.opcode in ("convolution", "dot") else 0
+
     def kernel_calls(self, name: str) -> list[str]:
         """The JAX operations that hand-written kernels (tpu_custom_call) with `name` in theirs come from."""
         found = []
         for computation in self.runs:
             for made in self.computations[computation].values():
-                if made.opcode == "custom-call" and 'custom_call_target="tpu_custom_call"' in made.rest:
+                if made.opcode == "custom-call" and KERNEL in made.rest:
                     found += [operation(made)] if name in made.name else []
         return found
+
+    def kernel_runs(self, name: str) -> int:
+        """How often hand-written kernels with `name` in theirs run in a step."""
+        return sum(
+            times
+            for computation, times in self.runs.items()
+            for made in self.computations[computation].values()
+            if made.opcode == "custom-call" and KERNEL in made.rest and name in made.name
+        )
 
     def hbm_bytes(self) -> int:
         """Bytes read from and written to HBM, taking operands and results of every fused operation once.
@@ -182,31 +205,40 @@ class HloModule:
             for made in self.computations[name].values()
             if made.opcode == "while"
         }
-        total = 0.0
-        for name, times in self.runs.items():
-            if name in fused:
-                continue
-            computation, trips = self.computations[name], bodies.get(name, 1)
+        return int(
+            sum(
+                times * self.moved(made, self.computations[name], bodies.get(name, 1))
+                for name, times in self.runs.items()
+                if name not in fused
+                for made in self.computations[name].values()
+            )
+        )
 
-            def size(shape: Shape, trips=trips) -> float:
-                stacked = trips > 1 and len(shape.dims) > 1 and shape.dims[0] == trips
-                return 0.0 if shape.scratch else shape.bytes / (trips if stacked else 1)
+    def moved(self, made: Instruction, computation: dict[str, Instruction], trips: int = 1) -> float:
+        """Bytes that one run of an instruction reads from and writes to HBM.
 
-            for made in computation.values():
-                if made.opcode in _FREE or made.opcode.endswith("-done"):
-                    continue
-                results = sum(size(s) for s in made.shapes)
-                if made.opcode in ("dynamic-slice", "slice", "gather"):
-                    total += times * 2 * results
-                    continue
-                inputs = sum(
-                    size(s) for o in made.operands if o in computation for s in computation[o].shapes
-                )
-                if made.opcode == "dynamic-update-slice":
-                    update = computation[made.operands[1]].shapes
-                    results, inputs = 0.0, 2 * sum(size(s) for s in update)
-                total += times * (results + inputs)
-        return int(total)
+        Args:
+          trips: runs of the loop whose body the computation is.
+        """
+        if made.opcode in _FREE or made.opcode.endswith("-done"):
+            return 0.0
+
+        def size(shape: Shape) -> float:
+            stacked = trips > 1 and len(shape.dims) > 1 and shape.dims[0] == trips
+            return 0.0 if shape.scratch else shape.bytes / (trips if stacked else 1)
+
+        if made.opcode == "copy-start":  # to, from, and a handle
+            return sum(size(s) for s in made.shapes[:2])
+        if made.opcode == "slice-start":  # all that it is cut from, the slice, and a handle
+            return made.shapes[1].bytes + size(made.shapes[1])
+        results = sum(size(s) for s in made.shapes)
+        if made.opcode in ("dynamic-slice", "slice", "gather"):
+            return 2 * results
+        if made.opcode == "dynamic-update-slice":
+            return 2 * sum(size(s) for s in computation[made.operands[1]].shapes)
+        return results + sum(
+            size(s) for o in made.operands if o in computation for s in computation[o].shapes
+        )
 
     def stacked_bytes(self, layers: int, known: set[tuple[int, ...]]) -> int:
         """Bytes that the forward loop over layers leaves for the backward loop.

@@ -2,6 +2,8 @@
 
 import dataclasses
 import os
+import re
+from typing import Any
 
 import jax
 from jax.experimental import topologies
@@ -44,7 +46,9 @@ def topology_devices(name: str, slices: int = 1) -> list[jax.Device]:
     # No metadata server here, and several compilers may run at once: there is no device to lock.
     os.environ |= {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost"}
     os.environ |= {"ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
-    many = {"num_slices": slices} if slices > 1 else {}
+    many: dict[str, Any] = {"num_slices": slices} if slices > 1 else {}
+    if re.fullmatch(r"\w+:1(x1)+", name):  # libtpu takes hosts of four chips unless told
+        many["chips_per_host_bounds"] = (1, 1, 1)
     chip(name)
     try:
         return topologies.get_topology_desc(platform="tpu", topology_name=name, **many).devices

@@ -1,6 +1,8 @@
 """Plans for people to read."""
 
-from lingbot_jax.planning.estimate import MARGIN, Plan
+from lingbot_jax.planning.compiled import MARGIN
+from lingbot_jax.planning.estimate import Plan
+from lingbot_jax.planning.latency import ServingPlan
 
 
 def line(plan: Plan) -> str:
@@ -64,6 +66,32 @@ def _verdict(plan: Plan) -> list[str]:
         second += f"; {plan.chip_hours_tokens:.3g} training tokens take {plan.chip_hours:,.0f} chip-hours"
         second += f", {days:,.1f} days of these devices"
     return [first, second]
+
+
+def describe_serving(plan: ServingPlan) -> str:
+    """Every figure of a plan of serving, and the verdict last."""
+    mesh = " x ".join(f"{name} {size}" for name, size in plan.mesh.items())
+    lines = [
+        f"{plan.topology}, {plan.program} of {plan.frames} frames of {plan.height} x {plan.width}: "
+        f"{plan.devices} devices, {mesh}, weights {plan.weights}; computes in {plan.computes}",
+        f"  HBM per device (GB): {_gigabytes(plan.hbm_bytes_per_chip)}",
+    ]
+    if plan.terms is not None:
+        lines.append("  seconds: " + ", ".join(f"{name} {value:.4f}" for name, value in plan.terms.items()))
+    if plan.flops is not None:
+        lines.append(
+            f"  {plan.flops:.3e} FLOPs, {plan.flops / plan.flops_published:.1%} of the published loop's; less: "
+            + ", ".join(f"{name} {value:.2e}" for name, value in plan.flops_removed.items())
+        )
+    total, limit = plan.hbm_bytes_per_chip["total"] / 1e9, plan.hbm_limit_bytes / 1e9
+    verdict = f"{'FITS' if plan.fits else 'DOES NOT FIT'}: {total:.1f} of {limit:.1f} GB per device"
+    if plan.chunk_seconds is not None:
+        verdict += (
+            f"; {plan.chunk_seconds:.3f} s as scheduled ({plan.chunk_seconds_hidden:.3f} s with all hidden behind "
+            f"{plan.bound_by}, {plan.chunk_seconds_serial:.3f} s with nothing), {plan.frames_per_second:.1f} frames "
+            f"per second, key to frame {plan.key_to_frame_seconds:.3f} s at most"
+        )
+    return "\n".join([*lines, verdict])
 
 
 def _gigabytes(values: dict[str, float]) -> str:

@@ -9,7 +9,8 @@ from typing import NamedTuple
 from lingbot_jax.config import ConfigError
 from lingbot_jax.parallel.chips import chip
 from lingbot_jax.parallel.mesh import MeshConfig
-from lingbot_jax.planning.estimate import MARGIN, Plan, plan_train
+from lingbot_jax.planning.compiled import MARGIN
+from lingbot_jax.planning.estimate import Plan, plan_train
 from lingbot_jax.planning.programs import Where, case, chosen, field, tokens_of, topology_devices
 from lingbot_jax.training.config import TrainConfig
 

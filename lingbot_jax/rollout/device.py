@@ -12,9 +12,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray, UInt8
 
 from kernels_pallas.context import valid_slots
+from lingbot_jax.axes import Placeholder
 from lingbot_jax.models.attention import Attend
 from lingbot_jax.models.codec import Codec, Stream, to_uint8
 from lingbot_jax.models.dit import Condition, WorldDiT
+from lingbot_jax.parallel.sharding import constrain_columns
 from lingbot_jax.rollout import causal
 from lingbot_jax.rollout.cache import CacheLayout, KVCache
 from lingbot_jax.worlds.condition import Camera, Conditioning, make_condition
@@ -35,11 +37,11 @@ class DeviceState:
     """
 
     cache: KVCache
-    latents: Float[Array, "1 slots h w c"]
-    poses: Float[Array, "slots 4 4"]
-    actions: Float[Array, "slots 4"]
+    latents: Float[Array, "1 slots h w c"] | Placeholder
+    poses: Float[Array, "slots 4 4"] | Placeholder
+    actions: Float[Array, "slots 4"] | Placeholder
     conditioning: Conditioning
-    intrinsics: Float[Array, "1 1 4"]
+    intrinsics: Float[Array, "1 1 4"] | Placeholder
 
     @classmethod
     def start(
@@ -159,6 +161,7 @@ def rebuild_cache(
 def decode(
     codec: Codec, latents: Float[Array, "1 t h w c"], stream: Stream, first: bool
 ) -> tuple[UInt8[Array, "f H W 3"], Stream]:
-    """The video frames of the next latent frames."""
+    """The video frames of the next latent frames; on a mesh every device makes some of their columns."""
+    latents, stream = jax.tree.map(constrain_columns, (latents, stream))
     video, stream = codec.decode_chunk(latents, stream, first=first)
-    return to_uint8(video[0]), stream
+    return to_uint8(video[0]), jax.tree.map(constrain_columns, stream)

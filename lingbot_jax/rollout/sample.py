@@ -95,7 +95,7 @@ def denoise(
 
 
 @functools.partial(jax.jit, static_argnames=("boundary", "config", "on_step"))
-def _clip(
+def clip(
     networks: Mapping[str, WorldDiT],
     codec: Codec,
     encoded: Encoded,
@@ -107,6 +107,7 @@ def _clip(
     config: SampleConfig,
     on_step: Callable[[], None] | None,
 ) -> Float[Array, "b f H W 3"]:
+    """A clip per row, as one program: `denoise`, then the decoder."""
     shape = encoded.conditioning.image.shape
     own = next(iter(networks.values())).config
     condition = make_condition(own, shape[2:4], encoded.text, encoded.camera, encoded.conditioning)
@@ -164,7 +165,7 @@ def sample_clips(
     negative = world.encode_negative(config) if config.guidance.guided else None
     with jax.set_mesh(world.mesh):
         encoded = encode_condition(world.codec, world.text, placed, latents=False)
-        video = _clip(
+        video = clip(
             world.networks,
             world.codec,
             encoded,

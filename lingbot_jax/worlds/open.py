@@ -33,6 +33,7 @@ FORMAT = 2
 BUNDLE = "bundle.json"
 RUN = "config.json"
 TOKENIZER = "tokenizer.json"
+SERVING = MeshConfig(fsdp=1, seq=-1)  # how devices share a sample unless told otherwise
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,7 +122,7 @@ def write_codec(folder: epath.PathLike, codec: Any) -> None:
 
 def default_mesh() -> Mesh:
     """All devices of the job share every sample: what sampling and play want."""
-    return make_mesh(MeshConfig(fsdp=1, seq=-1))
+    return make_mesh(SERVING)
 
 
 def open_world(
