@@ -141,6 +141,13 @@ def test_the_shipped_configs_fit_their_crops(argument):
     build(TrainConfig, json.loads(json.dumps(lingbot2.get_config(argument).to_dict()))).check_crops()
 
 
+def test_a_student_is_not_trained_for_the_many_steps_of_the_pretrain():
+    values = lingbot2.get_config("causal").to_dict()
+    values["world"]["causal"] = dataclasses.asdict(PRESETS["lingbot2-14b-causal-pretrain"]["causal"])
+    with pytest.raises(ConfigError, match=r"world.causal.sample = .*: must be None: a student has few steps"):
+        build(TrainConfig, json.loads(json.dumps(values)))
+
+
 def test_training_goes_on_from_its_checkpoints(assets, tmp_path):
     """The shipped config in miniature: every network of a run starts with the published bits, and a step traces."""
     sources = {
