@@ -203,12 +203,13 @@ def test_a_rotation_is_found_beside_points_that_move():
     assert degrees(found[None], true[None])[0] < 5e-3 and np.median(left) < 1e-4
 
 
-def test_a_tilted_path_is_levelled():
+@pytest.mark.parametrize("keys", ["w-8,wl-20,i-5,wj-9", "l-20,i-5", "w-20"])
+def test_a_tilted_path_is_levelled(keys):
     """Whatever the first camera's pitch: the ground of the path becomes the world's."""
     start = integrate(parse("k-9"))[-1]
-    true = integrate(parse("w-8,wl-20,i-5,wj-9"), start)
+    true = integrate(parse(keys), start)
     seen = np.linalg.inv(true[0]) @ true
-    ones = np.ones(len(true))
+    ones = np.ones(len(true))  # turning alone tells it, and a straight walk alone
     path = levelled(Path(seen, ones.astype(int), ones.astype(bool), ones, 0 * ones))
     assert np.allclose(path[:, :3, :3], true[:, :3, :3], atol=5e-3)
     assert (keys_from_poses(path) == keys_from_poses(true)).all()

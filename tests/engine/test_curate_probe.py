@@ -137,7 +137,9 @@ def test_a_variable_rate_becomes_a_constant_one(tmp_path):
     """Where the picture stands says when it was taken."""
     times = np.sort(np.random.default_rng(1).uniform(0, 2, FRAMES))
     write_video(tmp_path / "variable.mkv", pan(), times=np.unique(np.round(times, 3)))
-    config = CurateConfig(source=str(tmp_path), out="unused", fps=12.0, pose=PoseConfig(focal=0.8))
+    config = CurateConfig(
+        source=str(tmp_path), out="unused", fps=12.0, rate="exact", pose=PoseConfig(focal=0.8)
+    )
     config = dataclasses.replace(config, split=dataclasses.replace(config.split, min_frames=10))
     (clip,) = stages.scan(config, ingest(config)).clips
     frames = read(clip, (72, 96)).astype(int)
@@ -147,6 +149,18 @@ def test_a_variable_rate_becomes_a_constant_one(tmp_path):
     ]
     assert np.abs(np.array(nearest) - wanted).max() <= 1 and len(frames) > 15
     assert read(clip, (72, 96)).tobytes() == read(clip, (72, 96)).tobytes()
+
+
+@pytest.mark.parametrize(("rate", "fps"), [(24, 12.0), (30, 15.0), (16, 16.0)])
+def test_every_nth_picture_is_taken(rate, fps, tmp_path):
+    write_video(tmp_path / "v.mkv", pan(), fps=rate)
+    config = CurateConfig(source=str(tmp_path), out="unused", size=(72, 96), pose=PoseConfig(focal=0.8))
+    config = dataclasses.replace(config, split=dataclasses.replace(config.split, min_frames=9))
+    (clip,) = stages.scan(config, ingest(config)).clips
+    assert abs(clip.fps - fps) < 0.01 and clip.frames == len(pan()[:: round(rate / fps)])
+    frames = read(clip, (72, 96)).astype(int)
+    nearest = [int(np.abs(f - pan()).mean((1, 2, 3)).argmin()) for f in frames]
+    assert nearest == list(range(0, FRAMES, round(rate / fps)))
 
 
 def test_sources_that_are_missing_or_no_list_are_refused(tmp_path, config):

@@ -132,7 +132,11 @@ class CurateConfig:
         (240, 320), description="height, width stored: scaled to cover it and cut about the centre"
     )
     fps: Annotated[float, Field(gt=0, le=240, allow_inf_nan=False)] = Field(
-        16.0, description="frames per second stored"
+        16.0, description="frames per second stored, or nearly, see `rate`"
+    )
+    rate: Literal["even", "exact"] = Field(
+        "even",
+        description="even: every n-th picture, as near to fps as that can be; exact: fps, by the nearest pictures",
     )
     probe: ProbeConfig = Field(ProbeConfig(), description="the basic filter")
     split: SplitConfig = Field(SplitConfig(), description="shots")

@@ -119,8 +119,10 @@ def probe(config: CurateConfig, video: Video) -> Video:
         raise Rejected("too short", f"{shown:.2f} s")
     if times[-1] - times[0] > _LONGEST:
         raise Rejected("absurd duration", f"{times[-1] - times[0]:.3g} s")
-    usual = float(np.median(steps[steps > 0])) if (steps > 0).any() else 0.0
-    rate = 1 / usual if usual else 0.0
+    near = steps[(steps > 0) & (steps <= config.probe.max_gap)]
+    rate = (
+        round(len(near) / float(near.sum()), 3) if len(near) else 0.0
+    )  # of many: containers round each to 1 ms
     if rate < 0.9 * config.fps:
         raise Rejected("frame rate too low", f"{rate:.3g} per second")
     found = {"codec": codec, "height": height, "width": width, "rate": rate}

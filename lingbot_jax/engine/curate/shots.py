@@ -13,6 +13,7 @@ from lingbot_jax.engine.curate.config import CurateConfig, SplitConfig
 from lingbot_jax.engine.curate.frames import pictures, shown
 from lingbot_jax.engine.curate.items import Clip, Rejected, Video
 
+_SLACK = 0.05  # of a frame, that times are rounded by
 _WIDTH = 160  # pixels that shots are looked for at
 
 
@@ -66,13 +67,20 @@ def shots(config: CurateConfig, video: Video) -> list[tuple[float, float]]:
     return found
 
 
+def clip_rate(config: CurateConfig, video: Video) -> float:
+    """Frames per second of the clips of a video."""
+    if config.rate == "exact":
+        return config.fps
+    return video.rate / max(1, round(video.rate / config.fps))
+
+
 def split(config: CurateConfig, video: Video) -> tuple[list[Clip], list[tuple[Clip, Rejected]]]:
     """The clips of a video, and the shots that are too short for one.
 
     Raises:
       Rejected: nothing can be decoded.
     """
-    made, short = [], []
+    made, short, fps = [], [], clip_rate(config, video)
     found = shots(config, video)
     if not found:
         raise Rejected("cannot decode")
@@ -81,10 +89,10 @@ def split(config: CurateConfig, video: Video) -> tuple[list[Clip], list[tuple[Cl
         # What touches the end of the file has no cut to keep away from.
         begin = first + config.split.trim * (number > 0)
         until = last - config.split.trim * (number < len(found) - 1)
-        count = int((until - begin) * config.fps + 1e-6) + 1
+        count = int((until - begin) * fps + _SLACK) + 1
         if count < least:
             reason = Rejected("shot too short", f"{last - first:.2f} s")
-            short.append((Clip(video, first, max(count, 0), config.fps), reason))
+            short.append((Clip(video, first, max(count, 0), fps), reason))
             continue
         pieces = -(-count // most)
         if count // pieces < least:  # a rest too short to share is left out
@@ -92,6 +100,6 @@ def split(config: CurateConfig, video: Video) -> tuple[list[Clip], list[tuple[Cl
         bounds = np.linspace(0, min(count, pieces * most), pieces + 1).round().astype(int)
         for a, b in zip(bounds, bounds[1:], strict=False):
             note = {"shot": number}
-            start = float(begin + a / config.fps)
-            made.append(Clip(video, start, int(b - a), config.fps).noted("split", note))
+            start = float(begin + a / fps)
+            made.append(Clip(video, start, int(b - a), fps).noted("split", note))
     return made, short
