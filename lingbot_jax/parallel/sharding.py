@@ -23,7 +23,7 @@ from typing import Any, TypeVar
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.experimental.layout import Layout, with_layout_constraint
+from jax.experimental.layout import Format, Layout, with_layout_constraint
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from lingbot_jax import axes as ax
@@ -119,6 +119,23 @@ def shardings_by_path(tree: T, axes: Mapping[str, tuple[str | None, ...]], mesh:
         return NamedSharding(mesh, parts)
 
     return jax.tree_util.tree_map_with_path(place, tree)
+
+
+def stacked_format(leaf: Any, place: NamedSharding) -> NamedSharding | Format:
+    """Where and in which tiles a stack of matrices `[layers i o]` lies that is whole on every device.
+
+    A tpu7x multiplies 16-bit matrices in tiles of 16 rows, where arrays have 8 by default: the compiler would convert
+    all of them at the start of every program that reads them in a loop, for each of its loops.
+    """
+    whole = WHOLE in place.mesh.shape and len(leaf.shape) == 3 and leaf.shape[1] % 16 == 0
+    if (
+        not whole
+        or jnp.dtype(leaf.dtype).itemsize != 2
+        or not isinstance(place.mesh, Mesh)
+        or place.mesh.devices.flat[0].device_kind != "TPU7x"
+    ):
+        return place
+    return Format(Layout((0, 1, 2), ((16, 128), (2, 1))), place)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

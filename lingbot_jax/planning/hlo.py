@@ -227,8 +227,8 @@ class HloModule:
             stacked = trips > 1 and len(shape.dims) > 1 and shape.dims[0] == trips
             return 0.0 if shape.scratch else shape.bytes / (trips if stacked else 1)
 
-        if made.opcode == "copy-start":  # to, from, and a handle
-            return sum(size(s) for s in made.shapes[:2])
+        if made.opcode in ("copy-start", "call-start"):  # from, to (or to, from), and handles without a size
+            return sum(size(s) for s in made.shapes if s.dims)
         if made.opcode == "slice-start":  # all that it is cut from, the slice, and a handle
             return made.shapes[1].bytes + size(made.shapes[1])
         results = sum(size(s) for s in made.shapes)

@@ -56,6 +56,10 @@ class ServeConfig:
     dtype: Literal["float32", "bfloat16"] | None = Field(
         None, description="of the parameters; None: float32 on a CPU, elsewhere as they are stored"
     )
+    weights: Literal["split", "whole"] = Field(
+        "split",
+        description="parameters split over the devices, or whole on each: more memory, sooner frames (docs/serving.md)",
+    )
     idle_seconds: Seconds = Field(
         180.0, description="without a message of the player, after which a session ends"
     )

@@ -20,7 +20,7 @@ from lingbot_jax.serve.messages import Frame, Refused
 from lingbot_jax.worlds import manifest
 from lingbot_jax.worlds.config import pixels_per_token
 from lingbot_jax.worlds.manifest import Intrinsics
-from lingbot_jax.worlds.open import find, open_world
+from lingbot_jax.worlds.open import default_mesh, find, open_world
 from lingbot_jax.worlds.world import World
 
 DEFAULT_FPS = 16.0
@@ -88,7 +88,7 @@ class Game:
     def open(self) -> World:
         """Reads the arrays. Raises ConfigError."""
         dtype = self.config.dtype or ("float32" if jax.default_backend() == "cpu" else None)
-        return open_world(self.config.run, dtype=dtype)
+        return open_world(self.config.run, default_mesh(self.config.weights), dtype)
 
     def uploaded(self, content: bytes) -> Beginning:
         """A picture of a client, cut to the size of the world. Raises Refused."""

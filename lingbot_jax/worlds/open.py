@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import json
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import jax
 from etils import epath
@@ -120,9 +120,13 @@ def write_codec(folder: epath.PathLike, codec: Any) -> None:
     write_bundle_config(folder, WorldConfig(codec=codec.config))
 
 
-def default_mesh() -> Mesh:
-    """All devices of the job share every sample: what sampling and play want."""
-    return make_mesh(SERVING)
+def default_mesh(weights: Literal["split", "whole"] = "split") -> Mesh:
+    """All devices of the job share every sample: what sampling and play want.
+
+    Args:
+      weights: parameters split over the devices, or whole on each (`MeshConfig.weights`).
+    """
+    return make_mesh(dataclasses.replace(SERVING, weights=weights))
 
 
 def open_world(
@@ -167,7 +171,12 @@ def read_module(source: Source, name: str, mesh: Mesh, dtype: Any = None) -> Any
     """A network, `codec` or `text` of a source, in its place on the mesh. Raises ConfigError."""
     described = {CODEC: source.config.codec, TEXT: source.config.text, **source.config.networks}
     module = template(described[name])
-    return assemble(module, source.read(name, specs(module, mesh, dtype)))
+    wanted = specs(module, mesh, dtype)
+    arrays = source.read(name, wanted)
+    for path, spec in wanted.items():
+        if spec.format.layout is not None:  # read as JAX lays out arrays, kept as its programs want it
+            arrays[path] = jax.device_put(arrays[path], spec.format, donate=True)
+    return assemble(module, arrays)
 
 
 def abstract_world(config: WorldConfig, mesh: Mesh, dtype: Any = None) -> World:

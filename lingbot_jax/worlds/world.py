@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
+from lingbot_jax.axes import LAYERS
 from lingbot_jax.config import ConfigError
 from lingbot_jax.models import params
 from lingbot_jax.models.attention import Attend
@@ -123,14 +124,19 @@ def specs(module: Any, mesh: Mesh, dtype: Any = None) -> dict[str, jax.ShapeDtyp
     Raises:
       ConfigError: sizes that the mesh does not divide.
     """
-    arrays = params.arrays_of(module)
+    arrays, axes = params.arrays_of(module), params.logical_axes(module)
     if isinstance(module, LinearCodec | ConvCodec | WanVAE):
         whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
         places = dict.fromkeys(arrays, whole)
     else:
-        places = sharding.shardings_by_path(arrays, params.logical_axes(module), mesh)
+        places = sharding.shardings_by_path(arrays, axes, mesh)
     kind = lambda leaf: leaf.dtype if dtype is None else jnp.dtype(dtype)
-    return {p: jax.ShapeDtypeStruct(a.shape, kind(a), sharding=places[p]) for p, a in arrays.items()}
+    made = {p: jax.ShapeDtypeStruct(a.shape, kind(a), sharding=places[p]) for p, a in arrays.items()}
+    stacks = [p for p in made if axes[p][0:1] == (LAYERS,)]
+    tiled = {p: sharding.stacked_format(made[p], places[p]) for p in stacks}
+    return made | {
+        p: jax.ShapeDtypeStruct(made[p].shape, made[p].dtype, sharding=t) for p, t in tiled.items()
+    }
 
 
 def assemble(template: Any, arrays: Mapping[str, jax.Array]) -> Any:
