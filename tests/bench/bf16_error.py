@@ -63,7 +63,7 @@ def of_golden(case: Case) -> numpy_dit.Sample:
 def samples(folder: pathlib.Path | None) -> Iterator[tuple[str, numpy_dit.Sample]]:
     """The networks with a camera among the golden cases of a folder."""
     if folder is None:
-        yield "random", worlds.sample_of(worlds.make(layers=4))
+        yield "random", worlds.sample_of(worlds.make(layers=4, spatial_stride=8))
         return
     for name in case_names(folder):
         case = Case(folder, name)

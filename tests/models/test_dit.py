@@ -264,7 +264,7 @@ def test_bfloat16_rounds_as_published_and_keeps_float32_where_promised(model):
         assert ours.dtype == jnp.float32
         error[name] = numpy_dit.relative(np.asarray(ours[0]), exact)
     assert error["float32"] < 2e-6
-    assert 0.5 < error["bfloat16"] / numpy_dit.relative(rounded, exact) < 1.5
+    assert 0.5 < error["bfloat16"] / numpy_dit.relative(rounded, exact) < 2
     lowered = jax.jit(
         lambda m, *inputs: m(*inputs, attend=Attend(kernel=lambda q, k, v, mask: v), return_kv=True)
     )
