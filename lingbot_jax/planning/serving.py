@@ -14,7 +14,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from lingbot_jax.config import require
 from lingbot_jax.parallel import sharding
 from lingbot_jax.parallel.chips import Chip, chip
-from lingbot_jax.parallel.mesh import WHOLE, make_mesh
+from lingbot_jax.parallel.mesh import SEQ, WHOLE, make_mesh
 from lingbot_jax.planning.programs import Where, chosen, topology_devices
 from lingbot_jax.rollout import device, sample
 from lingbot_jax.rollout.session import SessionConfig
@@ -69,6 +69,15 @@ class Serving:
     def _array(self, *shape: int, dtype=jnp.float32) -> jax.ShapeDtypeStruct:
         return self._whole(jax.ShapeDtypeStruct(shape, dtype))
 
+    def check(self, *, cached: bool) -> None:
+        """Raises ConfigError unless a frame's tokens, and heads of a cache, divide over the devices."""
+        mesh, network = self.world.mesh, self.world.config.network
+        _, rows, columns = network.patch
+        tokens = self.latent[0] // rows * (self.latent[1] // columns)
+        sharding.check_divides("tokens per latent frame", tokens, (SEQ,), mesh)
+        if cached:
+            sharding.check_divides("heads of the cache", network.heads, (SEQ,), mesh)
+
     def _conditioning(self, frames: int) -> Conditioning:
         network, size = self.world.config.network, self.latent
         return Conditioning(
@@ -91,7 +100,8 @@ class Serving:
         return dataclasses.replace(state, cache=cache)
 
     def advance(self) -> Program:
-        """One chunk: (state, text, camera, key) -> (latents, state)."""
+        """One chunk: (state, text, camera, key) -> (latents, state). Raises ConfigError."""
+        self.check(cached=True)
         causal, text = self.session.causal, self.world.config.text
         rows = 2 if causal.guided else 1
         args = (
@@ -119,7 +129,8 @@ class Serving:
         return Program(device.decode, (codec, latents, stream, False), self.world.mesh)
 
     def sample(self) -> Program:
-        """One clip: (encoded condition) -> video."""
+        """One clip: (encoded condition) -> video. Raises ConfigError."""
+        self.check(cached=False)
         world, config = self.world, sample.sample_config(self.world.config)
         frames, text = world.codec.config.latent_frames(self.frames), world.config.text
         tokens = self._array(1, text.length, text.dim)

@@ -116,3 +116,7 @@ def test_refusals_are_one_line():
     world = build(TrainConfig, w1_3b.get_config("world").to_dict() | {"curriculum": ()})
     with pytest.raises(ConfigError, match="config.world.causal = None"):
         serving(world, Where("v6e:1x1")).advance()
+    with pytest.raises(
+        ConfigError, match="tokens per latent frame: 1560 does not divide over seq = 16 devices"
+    ):
+        serving(FAST, Where("tpu7x:2x2x2")).advance()
