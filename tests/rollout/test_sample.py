@@ -85,11 +85,11 @@ def test_two_experts_meet_at_the_boundary():
 def test_same_seed_same_video_in_any_batch_and_one_compilation():
     both = sample_clips(world(), clips(), seed=1)
     assert both.shape == (2, F, H, W, 3) and np.abs(both).max() <= 1
-    compiled = sample._clip._cache_size()
+    compiled = sample.clip._cache_size()
     np.testing.assert_array_equal(both, sample_clips(world(), clips(), seed=1))
     other = sample_clips(world(), clips(), seed=2)
     assert np.abs(other - both).max() > 1e-2
-    assert sample._clip._cache_size() == compiled
+    assert sample.clip._cache_size() == compiled
     flipped = sample_clips(world(), clips(order=(1, 0)), seed=1, indices=[1, 0])
     np.testing.assert_allclose(flipped[::-1], both, atol=1e-5)
     alone = sample_clips(world(), clips(order=(1,)), seed=1, indices=[1])
