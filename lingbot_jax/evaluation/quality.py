@@ -13,9 +13,12 @@ difference of neighbouring pixels, is taken by its place:
     excess    how much a *typical* difference is larger across borders than inside, beyond what it is in recorded video
     share     inside / (inside + excess)
 
-and sharpness is share times the root of inside / (variance of a frame), over the latter of recorded video. What is
-typical is read off medians, as the mean square of a normal distribution with this median: a few edges of the scene
-that happen to stand on the grid weigh nothing there.
+    going on  of gradients on either side of a border that they run across: mean product of both
+    edges     inside or going on, whichever is the smaller part of what it is in recorded video
+
+and sharpness is share times the root of edges / (variance of a frame), over the latter of recorded video. Noise has
+gradients, but none that go on, and is not sharp. What is typical is read off medians, as the mean square of a normal
+distribution with this median: a few edges of the scene that happen to stand on the grid weigh nothing there.
 
 Errors that patches make independently show across borders with the energy of both sides, inside with less: a pattern
 of k half waves per patch of n pixels has about (pi k / n)^2 / 4 of that. So for k < n / 2 the share falls by more than
@@ -60,6 +63,14 @@ def _gradients(frames: Frames, axis: int, step: int) -> tuple[float, float]:
     return float(inside.mean()), float(np.median(across) - np.median(inside)) / _MEDIAN
 
 
+def _going_on(frames: Frames, axis: int, step: int) -> float:
+    """Mean product of neighbours' differences along an axis, on either side of a border that the other axis crosses."""
+    across = 3 - axis
+    difference = np.diff(frames, axis=axis)
+    before = np.arange(step - 1, difference.shape[across] - 1, step)
+    return float((difference.take(before, across) * difference.take(before + 1, across)).mean())
+
+
 def sharpness(videos: Videos, recorded: Videos, grid: tuple[int, int] = (8, 8)) -> float:
     """Share of the sharpness of recorded video, from 0; 1 is equal (see above).
 
@@ -81,7 +92,11 @@ def sharpness(videos: Videos, recorded: Videos, grid: tuple[int, int] = (8, 8)) 
     ]
     inside, true_inside = (sum(energy for energy, _ in axes) for axes in found)
     excess = sum(max(own - true, 0.0) for (_, own), (_, true) in zip(*found, strict=True))
-    return float(np.sqrt(inside / variance / (true_inside / true_variance)) * inside / (inside + excess))
+    on, true_on = (sum(_going_on(x, axis, grid[2 - axis]) for axis in (1, 2)) for x in (ours, truth))
+    edges = inside / true_inside
+    if true_on > 0:  # recorded noise has nothing that goes on
+        edges = min(edges, max(on, 0.0) / true_on)
+    return float(np.sqrt(edges * true_variance / variance) * inside / (inside + excess))
 
 
 def _contrast(frames: Frames, grid: tuple[int, int]) -> float:

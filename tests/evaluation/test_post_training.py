@@ -88,6 +88,17 @@ def test_block_noise_is_found_on_the_codecs_grid_alone(style):
     assert blurred == sorted(blurred, reverse=True)
 
 
+@pytest.mark.parametrize("style", STYLES)
+def test_noise_is_not_sharp(style):
+    """It has more gradients than any picture, of every pixel for itself or of every patch for itself."""
+    videos, rng = truth(style), np.random.default_rng(0)
+    white = rng.integers(0, 256, videos.shape).astype(np.uint8)
+    assert measure(white, videos).sharpness < 0.05
+    for waves in (1, 2, 4, 8):
+        patches = scenes.with_block_noise(np.full_like(videos, 128), waves, 40)
+        assert sharpness(patches, videos) < 0.15, waves
+
+
 def test_sharpness_refuses_what_it_cannot_say():
     videos = truth("game")
     with pytest.raises(ValueError, match=r"grid = \(32, 8\): a frame of 48 x 64 must hold it twice"):
