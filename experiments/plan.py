@@ -121,6 +121,11 @@ def main() -> None:
             raise UserError(f"--program={PROGRAM.value}: has no phases, and nothing to search")
         print_serving(config, where)
         return
+    for flag in (WEIGHTS, QUANTIZE):
+        if flag.value != flag.default:
+            raise UserError(
+                f"--{flag.name}={flag.value}: only of {', '.join(SERVED)}, not of --program={PROGRAM.value}"
+            )
     if PHASE.value == "all" and SEARCH.value:
         raise UserError("--search with --phase=all: give one phase")
     if PHASE.value == "all":

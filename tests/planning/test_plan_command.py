@@ -35,6 +35,10 @@ def test_the_last_line_of_stdout_is_json_with_fits_first():
         (["--topology=v5p:4x4x4", "--phase=9"], "error: --phase=9: the config has curriculum[0] to [3]"),
         (["--topology=v5p:4x4x4", "--phase=last"], "error: --phase=last: give the index of a phase, or all"),
         ([], "error: --topology is missing"),
+        (
+            ["--topology=v5p:4x4x4", "--weights=whole"],
+            "error: --weights=whole: only of chunk, decode, sample, not",
+        ),
     ],
 )
 def test_a_mistake_is_one_line_and_exit_code_2(flags, words):
