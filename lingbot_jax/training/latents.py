@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -73,20 +73,20 @@ def reading_of(config: TrainConfig) -> Reading:
     return Reading(texts, known)
 
 
-def check_latents(config: TrainConfig, data: Dataset) -> None:
+def check_latents(phases: Sequence[TrainConfig], data: Sequence[Dataset]) -> None:
     """Refuses latents that a phase of a run cannot train on; the world must be complete.
 
     Raises:
       ConfigError: another codec, text encoder, caption, size or length.
     """
-    if not data.latents:
-        return
-    every = config.validation.every
-    why = f"must be 0: {config.data.path} holds latents, and measuring needs clips"
-    require(every == 0, "config.validation.every", every, why)
-    own = _codec_sha256(config.codec)
-    for part, made in zip(config.data.parts(), data.latents, strict=True):
-        _check(config, made, own, part.path)
+    encoded = [(config, own) for config, own in zip(phases, data, strict=True) if own.latents]
+    codec = _codec_sha256(encoded[0][0].codec) if encoded else ""
+    for config, own in encoded:
+        every = config.validation.every
+        why = f"must be 0: {config.data.path} holds latents, and measuring needs clips"
+        require(every == 0, "config.validation.every", every, why)
+        for part, made in zip(config.data.parts(), own.latents, strict=True):
+            _check(config, made, codec, part.path)
 
 
 def _check(config: TrainConfig, made: LatentsManifest, codec: str, path: str) -> None:

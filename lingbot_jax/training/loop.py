@@ -70,8 +70,7 @@ def train(config: TrainConfig, evaluate: Evaluate | None = None, profile: str = 
         config.check_crops()
         config.wandb.check()
         data = [Dataset(phase.data, reading=reading_of(phase)) for phase in config.phases()]
-        for phase, clips in zip(config.phases(), data, strict=True):
-            check_latents(phase, clips)
+        check_latents(config.phases(), data)
         meshes = [make_mesh(phase.mesh) for phase in config.phases()]
         for phase, mesh in zip(config.phases(), meshes, strict=True):
             multihost.rows_of_process(mesh, phase.data.batch)
