@@ -127,12 +127,13 @@ def worst(mesh: MeshConfig, parts: int = 1) -> tuple[str, float]:
     return path, off[path]
 
 
-MESHES = [((1, 1, 8), 1), ((2, 2, 2), 2)]
+WHOLE = MeshConfig(data=2, fsdp=2, seq=2, weights="whole")
+MESHES = [(axes(1, 1, 8), 1), (axes(2, 2, 2), 2), (WHOLE, 1)]
 
 
-@pytest.mark.parametrize(("sizes", "parts"), MESHES)
-def test_gradients_equal_one_device(sizes, parts):
-    path, off = worst(axes(*sizes), parts)
+@pytest.mark.parametrize(("mesh", "parts"), MESHES)
+def test_gradients_equal_one_device(mesh, parts):
+    path, off = worst(mesh, parts)
     assert off < TOLERANCE, path
 
 
