@@ -247,6 +247,18 @@ class Row:
     description: str
 
 
+def flat(values: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:
+    """The fields of a config's dictionary, by their paths as flags have them: `curriculum[0].batch`."""
+    for name, value in values.items():
+        if isinstance(value, Mapping) and value:
+            yield from flat(value, f"{path}{name}.")
+        elif isinstance(value, tuple) and all(isinstance(part, Mapping) for part in value):
+            for index, part in enumerate(value):
+                yield from flat(part, f"{path}{name}[{index}].")
+        else:
+            yield f"{path}{name}", value
+
+
 def rows(kind: type, path: str = "config") -> Iterator[Row]:
     """Every field of a config class and of those inside it, in order."""
     for name, field in fields_of(kind).items():

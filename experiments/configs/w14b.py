@@ -18,8 +18,7 @@ high-noise expert, `distill` learns from both, which are joined first:
     python -m experiments.train --config=experiments/configs/w14b.py:distill --distributed
 
 `evaluate` measures the trained world. `encode` makes latents of the clips, crops of 81 frames, which a phase of as many
-takes in their place (docs/data.md).
-`evaluate` measures the trained world. `fast` is the causal student as it is played: what the plans of serving are of.
+takes in their place (docs/data.md). `fast` is the causal student as it is played: what the plans of serving are of.
 
     python -m experiments.plan --config=experiments/configs/w14b.py:fast --topology=tpu7x:2x2x1 --program=chunk \\
         --weights=whole

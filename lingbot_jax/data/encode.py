@@ -175,9 +175,9 @@ class _Encoding:
     advance: Callable[[], None]
     summary: Summary = dataclasses.field(default_factory=Summary)
 
-    def crops(self, records: Records, manifest: LatentsManifest) -> Iterator[tuple[Clip, int]]:
+    def crops(self, records: Records) -> Iterator[tuple[Clip, int]]:
         """Every crop of every clip, of the manifest's size, with its first frame."""
-        frames = manifest.frames
+        manifest, frames = self.manifest, self.manifest.frames
         for i in range(len(records)):
             clip = _clip(records, i)
             if clip is not None:
@@ -236,7 +236,7 @@ def _encoded(
         stored(np.concatenate([np.asarray(part) for part in parts], axis=1)[: len(crops)], own.dtype),
         () if tails is None else stored(np.asarray(tails)[: len(crops)], own.dtype),
     )
-    made = work.crops(records, own)
+    made = work.crops(records)
     while crops := list(itertools.islice(made, encoder.batch)):
         rows = [crop.frames for crop, _ in crops]
         frames = np.stack(rows + rows[:1] * (encoder.batch - len(rows)))  # one program for the last batch too

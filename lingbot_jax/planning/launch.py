@@ -16,11 +16,11 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from lingbot_jax.config import ConfigError, Path, config, require
+from lingbot_jax.config import ConfigError, Path, config, flat, require
 from lingbot_jax.files import is_remote
 from lingbot_jax.parallel.chips import chip
 from lingbot_jax.training.config import TrainConfig
-from lingbot_jax.training.run_dir import flat, with_paths
+from lingbot_jax.training.run_dir import with_paths
 
 HOST_CHIPS = 4  # of the machine types below, and of every slice of several hosts
 MISTAKE = 2  # exit code of experiments after a user's mistake

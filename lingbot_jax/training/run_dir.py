@@ -11,13 +11,13 @@ import dataclasses
 import fnmatch
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 from etils import epath
 
-from lingbot_jax.config import ConfigError, build
+from lingbot_jax.config import ConfigError, build, flat
 from lingbot_jax.files import copy_files, is_remote, whole_folder, write_whole
 from lingbot_jax.parallel import multihost
 from lingbot_jax.training.config import TrainConfig
@@ -203,18 +203,6 @@ def _lasting(config: TrainConfig) -> dict[str, Any]:
         fnmatch.fnmatchcase(name, p) or fnmatch.fnmatchcase(name, f"{p}.*") for p in MAY_CHANGE
     )
     return {name: value for name, value in found.items() if not changes(name)}
-
-
-def flat(values: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:
-    """The fields of a config's dictionary, by their paths as flags have them: `curriculum[0].batch`."""
-    for name, value in values.items():
-        if isinstance(value, Mapping) and value:
-            yield from flat(value, f"{path}{name}.")
-        elif isinstance(value, tuple) and all(isinstance(part, Mapping) for part in value):
-            for index, part in enumerate(value):
-                yield from flat(part, f"{path}{name}[{index}].")
-        else:
-            yield f"{path}{name}", value
 
 
 def _differs(field: str, was: str, now: str, path: epath.Path) -> ConfigError:

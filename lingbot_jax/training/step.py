@@ -1,9 +1,8 @@
 """One training step: a pure function of (state, batch), made in one place from an objective.
 
 A batch is prepared on the host, encoded on the mesh by a program of its own (`encode_program`) unless it was encoded
-ahead of training (`unpack_program`), and a step
-(`make_step`) does the updates of an objective. Both are `Program`s: run them, or lower them with their abstract
-arguments, as plans do; what is planned is what runs.
+ahead of training (`unpack_program`), and a step (`make_step`) does the updates of an objective. All are `Program`s: run
+them, or lower them with their abstract arguments, as plans do; what is planned is what runs.
 """
 
 import dataclasses

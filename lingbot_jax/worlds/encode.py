@@ -21,6 +21,7 @@ from lingbot_jax.models.config import CodecConfig, NgramConfig, TextConfig
 from lingbot_jax.models.text import TextEncoder
 from lingbot_jax.parallel.mesh import BATCH_AXES
 from lingbot_jax.parallel.sharding import batch_sharding, constrain_batch
+from lingbot_jax.worlds.world import encode_tokens
 
 TEXTS = 16  # that are encoded at a time, at least
 
@@ -80,7 +81,7 @@ class ClipEncoder:
             some = list(texts[first : first + count])
             tokens = self.text.tokenize(some + [""] * (count - len(some)))
             with jax.set_mesh(self.mesh):
-                whole = np.asarray(_text(self.text, self._placed(tokens)))
+                whole = np.asarray(encode_tokens(self.text, self._placed(tokens)))
             made += [text[: int(m.sum())] for text, m in zip(whole, tokens.mask, strict=True)][: len(some)]
         return made
 
@@ -139,6 +140,3 @@ def _grey(codec: Codec, height: int, width: int) -> Float[Array, "h w c"]:
         return codec.encode_chunk(group, carry[1], first=False)
 
     return jax.lax.fori_loop(0, codec.config.memory + 1, step, (latents, stream))[0][0, 0]
-
-
-_text = jax.jit(lambda encoder, tokens: encoder(tokens))

@@ -76,7 +76,7 @@ class World:
         """Tokens of prompts, on the mesh."""
         tokens = self.text.tokenize(list(texts))
         with jax.set_mesh(self.mesh):
-            return _encode_text(self.text, tokens)
+            return encode_tokens(self.text, tokens)
 
     def encode_negative(self, sample: SampleConfig) -> Float[Array, "1 l d"]:
         """Tokens of the unconditional branch: of the negative prompt, else of the text that stands for none."""
@@ -90,7 +90,7 @@ class World:
         return Session(self, **settings)
 
 
-_encode_text = jax.jit(lambda encoder, tokens: encoder(tokens))
+encode_tokens = jax.jit(lambda encoder, tokens: encoder(tokens))
 
 
 def template(config: DiTConfig | CodecConfig | UMT5Config, lora: LoraConfig = LoraConfig()) -> Any:  # noqa: B008 - frozen

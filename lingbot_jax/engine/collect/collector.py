@@ -26,7 +26,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from lingbot_jax.cards import README
-from lingbot_jax.config import ConfigError, require
+from lingbot_jax.config import ConfigError, flat, require
 from lingbot_jax.data.records import (
     DATASET,
     SUFFIX,
@@ -154,18 +154,12 @@ def _same_config(out: Path, config: CollectConfig) -> None:
         theirs = json.loads(path.read_text())
     except (OSError, ValueError):
         raise CollectError(f"{path}: missing or damaged, so its shards may be of another config") from None
-    for name, value in _flat(mine).items():
-        made = _flat(theirs).get(name)
-        advice = f"the clips in {out} were made with {made!r}; choose another config.out or delete it"
-        require(made == value, f"config.{name}", value, advice)
-
-
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Groups of fields as dotted names."""
-    flat: dict[str, Any] = {}
-    for name, value in values.items():
-        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
-    return flat
+    made = dict(flat(theirs))
+    for name, value in flat(mine):
+        advice = (
+            f"the clips in {out} were made with {made.get(name)!r}; choose another config.out or delete it"
+        )
+        require(made.get(name) == value, f"config.{name}", value, advice)
 
 
 def _describe(out: Path, config: CollectConfig, shards: list[Shard]) -> dict[str, Any]:

@@ -129,10 +129,11 @@ def _pass(
     parts = list({p.path: p for p in parts}.values())
     run_parts(config, parts, runner, options)
     paths = [p.path for p in parts]
-    heads = [next(_rows(path)) for path in paths]
-    drops = collections.Counter(
-        r["dropped"]["stage"] for path in paths for r in _rows(path) if "dropped" in r
-    )
+    heads, drops = [], collections.Counter()
+    for path in paths:
+        head, *made = _rows(path)
+        heads.append(head)
+        drops.update(row["dropped"]["stage"] for row in made if "dropped" in row)
     for stage in stages.STAGES:
         entered = sum(h["entered"].get(stage, 0) for h in heads)
         if entered:
