@@ -159,14 +159,7 @@ def keys_from_poses(
     Args:
       c2w: camera-to-world poses. move: world units per frame. yaw_degrees, pitch_degrees: per frame.
     """
-    rotation = c2w[:, :3, :3]
-    forward, right = headings(rotation)
-    moved = np.diff(c2w[:, :3, 3], axis=0, prepend=c2w[:1, :3, 3])
-    ahead, aside = (np.sum(moved * axis, axis=-1) for axis in (forward, right))
-    heading = np.degrees(np.arctan2(forward[:, 0], forward[:, 2]))
-    yaw = (np.diff(heading, prepend=heading[:1]) + 180) % 360 - 180
-    angle = np.degrees(elevation(rotation))
-    pitch = np.diff(angle, prepend=angle[:1])
+    ahead, aside, yaw, pitch = motions(c2w)
     keys = np.zeros((len(c2w), len(KEYS)), bool)
     for value, threshold, plus, minus in (
         (ahead, move, _W, _S),
@@ -176,6 +169,18 @@ def keys_from_poses(
     ):
         keys[:, plus], keys[:, minus] = value > threshold, value < -threshold
     return keys
+
+
+def motions(c2w: Float64[np.ndarray, "f 4 4"]) -> tuple[Float64[np.ndarray, "f"], ...]:
+    """Of every frame since the one before: how far ahead and aside, in world units, and degrees of yaw and of pitch."""
+    rotation = c2w[:, :3, :3]
+    forward, right = headings(rotation)
+    moved = np.diff(c2w[:, :3, 3], axis=0, prepend=c2w[:1, :3, 3])
+    ahead, aside = (np.sum(moved * axis, axis=-1) for axis in (forward, right))
+    heading = np.degrees(np.arctan2(forward[:, 0], forward[:, 2]))
+    yaw = (np.diff(heading, prepend=heading[:1]) + 180) % 360 - 180
+    angle = np.degrees(elevation(rotation))
+    return ahead, aside, yaw, np.diff(angle, prepend=angle[:1])
 
 
 def rotation_x(angle: np.ndarray | float) -> np.ndarray:

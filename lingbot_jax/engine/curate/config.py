@@ -10,7 +10,11 @@ from lingbot_jax.files import is_remote
 
 Side = Annotated[int, Field(ge=16, le=4096)]
 Frames = Annotated[int, Field(ge=2, le=100_000)]
-ATTRIBUTES = ("motion", "turning", "brightness")  # what `select.shares` may be of, each low, medium or high
+LEVELS = {  # attribute that `select.shares` may be of -> its bounds of low | medium | high
+    "motion": (0.002, 0.01),  # mean optical flow per frame, widths of the picture
+    "turning": (0.2, 1.0),  # mean degrees per frame
+    "brightness": (60.0, 150.0),  # mean luma
+}
 
 
 @config
@@ -110,14 +114,14 @@ class SelectConfig:
     clips: Count = Field(0, description="how many at most; 0: all")
     shares: dict[str, dict[Literal["low", "medium", "high"], Fraction]] = Field(
         {},
-        description=f"target shares by attribute ({', '.join(ATTRIBUTES)}): what there is too much of is left out",
+        description=f"target shares by attribute ({', '.join(LEVELS)}): what there is too much of is left out",
     )
     held_out: Fraction = Field(0.1, description="share of the videos whose clips are held out")
     seed: Seed = Field(0, description="of the choice")
 
     def __post_init__(self):
-        unknown = sorted(set(self.shares) - set(ATTRIBUTES))
-        require(not unknown, "shares", unknown, f"allowed: {', '.join(ATTRIBUTES)}")
+        unknown = sorted(set(self.shares) - set(LEVELS))
+        require(not unknown, "shares", unknown, f"allowed: {', '.join(LEVELS)}")
         for name, parts in self.shares.items():
             require(sum(parts.values()) > 0, f"shares.{name}", parts, "must not all be 0")
 

@@ -1,4 +1,8 @@
-"""Clip references to pictures: decoded, turned, cut, scaled, at a constant rate."""
+"""Clip references to pictures: decoded, turned, cut, scaled, at a constant rate.
+
+Only containers that hold their own pictures are opened, with no protocol but the file itself: playlists could name
+other files or hosts, and texts would be drawn as pictures.
+"""
 
 import typing
 from collections.abc import Iterator
@@ -9,12 +13,15 @@ import numpy as np
 from jaxtyping import UInt8
 
 from lingbot_jax.engine.curate.items import Clip, Rejected, Video
-from lingbot_jax.engine.curate.probe import open_video, packets
 
-_FAULTS = 200  # packets in a row that cannot be decoded, after which a video has ended
+_CONTAINERS = (
+    "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts,mpeg,flv,asf,ogg,mxf,gif,y4m,yuv4mpegpipe,ivf,h264,hevc"
+)
+_FAULTS = 200  # packets in a row that cannot be read, or decoded, after which a video has ended
 _PIXELS = 8192 * 8192  # of a picture; a decoder that is told more refuses
 _FAR = 2.0  # seconds from a time to the nearest picture; segments end at far smaller gaps
 Frames = UInt8[np.ndarray, "f h w 3"]
+Grey = UInt8[np.ndarray, "f h w"]
 _LAST: dict[tuple, Frames] = {}  # the last clip looked at
 
 
@@ -24,6 +31,31 @@ class Picture(typing.NamedTuple):
     time: float
     frame: av.VideoFrame
     index: int
+
+
+def open_video(path: str) -> av.container.InputContainer:
+    """Opens a container for reading. Raises Rejected."""
+    allowed = {"protocol_whitelist": "file", "format_whitelist": _CONTAINERS}
+    try:
+        return av.open(path, options=allowed, metadata_errors="ignore")
+    except (av.FFmpegError, OSError, ValueError) as error:
+        raise Rejected("not a video", str(error)) from None
+
+
+def packets(container: av.container.InputContainer, stream: av.VideoStream) -> Iterator[av.Packet]:
+    """The packets of a stream, in the order of the file, as far as it can be read: damage is passed over."""
+    faults = 0
+    while faults < _FAULTS:
+        try:
+            for packet in container.demux(stream):
+                yield packet
+                faults = 0
+            return
+        except (
+            av.FFmpegError,
+            OSError,
+        ):  # the iterator has ended with it; another one goes on behind the damage
+            faults += 1
 
 
 def pictures(video: Video, start: float) -> Iterator[Picture]:
@@ -137,3 +169,7 @@ def analysed(clip: Clip, width: int, size: tuple[int, int]) -> Frames:
         _LAST.clear()
         _LAST[key] = found
     return found
+
+
+def grey_of(frames: Frames) -> Grey:
+    return np.stack([cv2.cvtColor(frame, cv2.COLOR_RGB2GRAY) for frame in frames])

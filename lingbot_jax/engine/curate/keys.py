@@ -2,9 +2,10 @@
 
 import numpy as np
 
-from lingbot_jax.control.keyboard import STEP, elevation, headings, keys_from_poses
+from lingbot_jax.control.keyboard import STEP, keys_from_poses, motions
 from lingbot_jax.engine.curate.config import CurateConfig
 from lingbot_jax.engine.curate.items import Clip, Rejected
+from lingbot_jax.engine.curate.pose import poses_of
 
 _MARGIN = 0.3  # of a threshold: what lies as near to it could as well be the other
 
@@ -15,10 +16,9 @@ def keys(config: CurateConfig, clip: Clip) -> Clip:
     Raises:
       Rejected: too few are certain.
     """
-    c2w = np.tile(np.eye(4), (clip.frames, 1, 1))
-    c2w[:, :3] = np.array(clip.notes["pose"]["c2w"]).reshape(-1, 3, 4)
-    rows = keys_from_poses(c2w, config.keys.move * STEP, config.keys.turn, config.keys.pitch)
-    confidence = float(certain(c2w, config.keys.move * STEP, config.keys.turn, config.keys.pitch)[1:].mean())
+    c2w, least = poses_of(clip), (config.keys.move * STEP, config.keys.turn, config.keys.pitch)
+    rows = keys_from_poses(c2w, *least)
+    confidence = float(certain(c2w, *least)[1:].mean())
     if confidence < config.keys.min_confidence:
         raise Rejected("keys uncertain", f"in {1 - confidence:.2f} of the frames")
     texts = ["".join("1" if down else "0" for down in row) for row in rows]
@@ -27,11 +27,5 @@ def keys(config: CurateConfig, clip: Clip) -> Clip:
 
 def certain(c2w: np.ndarray, move: float, yaw: float, pitch: float) -> np.ndarray:
     """Whether no motion into a frame lies near a threshold of `keys_from_poses`."""
-    rotation = c2w[:, :3, :3]
-    forward, right = headings(rotation)
-    moved = np.diff(c2w[:, :3, 3], axis=0, prepend=c2w[:1, :3, 3])
-    heading = np.degrees(np.arctan2(forward[:, 0], forward[:, 2]))
-    turned = (np.diff(heading, prepend=heading[:1]) + 180) % 360 - 180
-    rise = np.degrees(np.diff(elevation(rotation), prepend=elevation(rotation[:1])))
-    values = ((moved * forward).sum(1) / move, (moved * right).sum(1) / move, turned / yaw, rise / pitch)
-    return np.all([np.abs(np.abs(v) - 1) > _MARGIN for v in values], axis=0)
+    shares = (value / least for value, least in zip(motions(c2w), (move, move, yaw, pitch), strict=True))
+    return np.all([np.abs(np.abs(share) - 1) > _MARGIN for share in shares], axis=0)

@@ -2,13 +2,12 @@
 
 import dataclasses
 
-import cv2
 import numpy as np
 
 from lingbot_jax.control.keyboard import STEP
 from lingbot_jax.control.odometry import Path, agreed_focal, focal_lengths, levelled, odometry
 from lingbot_jax.engine.curate.config import CurateConfig, PoseConfig
-from lingbot_jax.engine.curate.frames import analysed, fit
+from lingbot_jax.engine.curate.frames import analysed, fit, grey_of
 from lingbot_jax.engine.curate.items import Clip, Rejected
 
 DISAGREE = 0.3  # degrees between the two rotations found for a frame
@@ -28,7 +27,7 @@ def pose(config: CurateConfig, clip: Clip) -> Clip:
     """
     if clip.notes["camera"]["focal"] is None:
         raise Rejected("focal length unknown", f"spread {clip.notes['camera']['spread']:.2f}")
-    grey = _grey(analysed(clip, config.pose.width, config.size))
+    grey = grey_of(analysed(clip, config.pose.width, config.size))
     path = odometry(grey, _inside(config, clip, grey), config.pose.points, config.pose.still)
     broken = faults(config.pose, path)
     begin, end = believed(broken, path.apart > DISAGREE)
@@ -51,6 +50,13 @@ def pose(config: CurateConfig, clip: Clip) -> Clip:
     }
     cut = dataclasses.replace(clip, start=clip.start + begin / clip.fps, frames=end - begin)
     return cut.noted("pose", findings)
+
+
+def poses_of(clip: Clip) -> np.ndarray:
+    """The path that `pose` has noted: camera-to-world, [f 4 4]."""
+    c2w = np.tile(np.eye(4), (clip.frames, 1, 1))
+    c2w[:, :3] = np.array(clip.notes["pose"]["c2w"]).reshape(-1, 3, 4)
+    return c2w
 
 
 def faults(config: PoseConfig, path: Path) -> dict[str, np.ndarray]:
@@ -93,7 +99,7 @@ def camera(config: CurateConfig, clips: list[Clip]) -> list[Clip]:
         return [clip.noted("camera", {"focal": config.pose.focal, "known": "given"}) for clip in clips]
     told = []
     for i in sorted(set(np.linspace(0, len(clips) - 1, _CLIPS).astype(int))) if clips else ():
-        grey = _grey(analysed(clips[i], config.pose.width, config.size))
+        grey = grey_of(analysed(clips[i], config.pose.width, config.size))
         told += [focal / _whole(clips[i], config.size) for focal in focal_lengths(grey)]
     focal, spread = agreed_focal(told)
     if spread > _UNSURE:
@@ -101,10 +107,6 @@ def camera(config: CurateConfig, clips: list[Clip]) -> list[Clip]:
     known = "estimated" if spread <= _SURE else "uncertain" if spread <= _UNSURE else "assumed"
     note = {"focal": focal, "known": known, "pairs": len(told), "spread": min(spread, 99.0)}
     return [clip.noted("camera", note) for clip in clips]
-
-
-def _grey(frames: np.ndarray) -> np.ndarray:
-    return np.stack([cv2.cvtColor(f, cv2.COLOR_RGB2GRAY) for f in frames])
 
 
 def _inside(config: CurateConfig, clip: Clip, grey: np.ndarray) -> np.ndarray:

@@ -1,28 +1,22 @@
 """Ingest and probe: which files there are, which are videos, and the basic filter (paper section 2.2.1).
 
-A file is judged by its bytes, not by its name. Only containers that hold their own pictures are opened, with no
-protocol but the file itself: playlists could name other files or hosts, and texts would be drawn as pictures.
+A file is judged by its bytes, not by its name.
 """
 
 import dataclasses
 import os
 import pathlib
-from collections.abc import Iterator
 
-import av
 import numpy as np
 
 from lingbot_jax.config import ConfigError
 from lingbot_jax.engine.curate.config import CurateConfig
+from lingbot_jax.engine.curate.frames import open_video, packets, pictures
 from lingbot_jax.engine.curate.items import Rejected, Video
 from lingbot_jax.files import reached
 
-_CONTAINERS = (
-    "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts,mpeg,flv,asf,ogg,mxf,gif,y4m,yuv4mpegpipe,ivf,h264,hevc"
-)
 _BACK = 1.0  # seconds before 0 that reordered pictures may begin: codecs do
 _LONGEST = 10 * 24 * 3600.0  # seconds between the first and the last picture of a file that is meant
-_FAULTS = 200  # in a row, after which a file has ended
 _LISTED = 16 << 20  # bytes of a list of paths
 
 
@@ -57,31 +51,6 @@ def _lines(path: pathlib.Path) -> list[str]:
         raise ConfigError(
             f"config.source = {str(path)!r}: must be a folder or a list of paths, one a line"
         ) from None
-
-
-def open_video(path: str) -> av.container.InputContainer:
-    """Opens a container for reading. Raises Rejected."""
-    allowed = {"protocol_whitelist": "file", "format_whitelist": _CONTAINERS}
-    try:
-        return av.open(path, options=allowed, metadata_errors="ignore")
-    except (av.FFmpegError, OSError, ValueError) as error:
-        raise Rejected("not a video", str(error)) from None
-
-
-def packets(container: av.container.InputContainer, stream: av.VideoStream) -> Iterator[av.Packet]:
-    """The packets of a stream, in the order of the file, as far as it can be read: damage is passed over."""
-    faults = 0
-    while faults < _FAULTS:
-        try:
-            for packet in container.demux(stream):
-                yield packet
-                faults = 0
-            return
-        except (
-            av.FFmpegError,
-            OSError,
-        ):  # the iterator has ended with it; another one goes on behind the damage
-            faults += 1
 
 
 def probe(config: CurateConfig, video: Video) -> Video:
@@ -132,8 +101,6 @@ def probe(config: CurateConfig, video: Video) -> Video:
 
 def _seen(video: Video) -> Video:
     """Decodes the first picture: whether there is one, and how it is turned."""
-    from lingbot_jax.engine.curate.frames import pictures
-
     first = next(pictures(video, video.start), None)
     if first is None:
         raise Rejected("cannot decode")

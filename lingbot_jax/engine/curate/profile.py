@@ -7,14 +7,13 @@ import numpy as np
 from jaxtyping import Float, UInt8
 
 from lingbot_jax.engine.curate.config import CurateConfig
-from lingbot_jax.engine.curate.frames import Frames, analysed, fit, read
+from lingbot_jax.engine.curate.frames import Frames, Grey, analysed, fit, grey_of, read
 from lingbot_jax.engine.curate.items import Clip, Rejected
 
 _DARK = 24  # luma of a bar's brightest pixel: black is 16 in video, and codecs ring
 _MOST = 0.35  # share of a side that one bar may cover: more is a dark picture
 _SAME = 0.35  # grey levels that repeated frames differ by on average: what encoding alone does
 _SMALL = 64  # pixels across, for motion
-Grey = UInt8[np.ndarray, "f h w"]
 
 
 def bars(grey: Grey) -> tuple[float, float, float, float]:
@@ -76,9 +75,9 @@ def profile(config: CurateConfig, clip: Clip) -> Clip:
       Rejected: black, blurred or frozen, or it cannot be read.
     """
     whole = _uncut(config, clip)[:: max(1, clip.frames // 8)]
-    clip = dataclasses.replace(clip, box=bars(np.stack([cv2.cvtColor(f, cv2.COLOR_RGB2GRAY) for f in whole])))
+    clip = dataclasses.replace(clip, box=bars(grey_of(whole)))
     frames = analysed(clip, config.pose.width, config.size)
-    grey = np.stack([cv2.cvtColor(f, cv2.COLOR_RGB2GRAY) for f in frames])
+    grey = grey_of(frames)
     luma = grey.mean(axis=(1, 2))
     sharp, flow = sharpness(grey), motion(grey)
     black = float((luma < config.profile.black).mean())

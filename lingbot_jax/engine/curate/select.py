@@ -4,14 +4,8 @@ import dataclasses
 import hashlib
 from typing import Any
 
-from lingbot_jax.engine.curate.config import CurateConfig, SelectConfig
-from lingbot_jax.engine.curate.items import Rejected
-
-LEVELS = {  # attribute -> its bounds of low | medium | high
-    "motion": (0.002, 0.01),  # mean optical flow per frame, widths of the picture
-    "turning": (0.2, 1.0),  # mean degrees per frame
-    "brightness": (60.0, 150.0),  # mean luma
-}
+from lingbot_jax.engine.curate.config import LEVELS, CurateConfig, SelectConfig
+from lingbot_jax.engine.curate.items import Rejected, from_json
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,11 +117,12 @@ def reached(summaries: list[Summary]) -> dict[str, dict[str, float]]:
 
 def summary(clip: dict[str, Any], at: tuple[str, int]) -> Summary:
     """Of a clip's row in a part file."""
-    notes, video = clip["notes"], clip["video"]["name"]
+    one = from_json(clip)
+    notes = one.notes
     values = {
         "motion": notes["profile"]["motion"],
         "brightness": notes["profile"]["brightness"],
         "turning": notes["pose"]["turning"],
     }
     hashes = tuple(int(h, 16) for h in notes["profile"]["hashes"])
-    return Summary(f"{video}@{clip['start']:.3f}+{clip['frames']}", video, hashes, values, at)
+    return Summary(one.clip_id, one.video.name, hashes, values, at)

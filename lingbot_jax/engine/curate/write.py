@@ -9,7 +9,7 @@ from lingbot_jax.data.schema import Clip as Record
 from lingbot_jax.engine.curate.config import CurateConfig
 from lingbot_jax.engine.curate.frames import read
 from lingbot_jax.engine.curate.items import Clip
-from lingbot_jax.engine.curate.pose import intrinsics
+from lingbot_jax.engine.curate.pose import intrinsics, poses_of
 
 
 def record(config: CurateConfig, clip: Clip, split: str) -> bytes:
@@ -26,13 +26,11 @@ def record(config: CurateConfig, clip: Clip, split: str) -> bytes:
         "keys": {k: v for k, v in notes["keys"].items() if k != "rows"},
         "temporal": told["dense"],
     }
-    c2w = np.tile(np.eye(4), (clip.frames, 1, 1))
-    c2w[:, :3] = np.array(notes["pose"]["c2w"]).reshape(-1, 3, 4)
     return encode(
         Record(
             frames=read(clip, config.size),
             keys=np.array([[c == "1" for c in row] for row in notes["keys"]["rows"]], np.uint8),
-            c2w=c2w,
+            c2w=poses_of(clip),
             intrinsics=np.tile(intrinsics(config, clip, notes["pose"]["focal"]), (clip.frames, 1)),
             timestamps=np.arange(clip.frames) / clip.fps,
             clip_id=clip.clip_id,
