@@ -105,7 +105,10 @@ def _id(run: epath.Path) -> str:
     with storage.errors_as(lambda why: ConfigError(f"run: {path} cannot be read or written ({why})")):
         try:
             return str(json.loads(path.read_text())["id"])
-        except (FileNotFoundError, ValueError, KeyError, TypeError):
-            made = uuid.uuid4().hex
-            write_whole(path, json.dumps({"id": made}) + "\n")
-            return made
+        except FileNotFoundError:
+            pass
+        except (ValueError, KeyError, TypeError):
+            _log.warning("%s is damaged: W&B begins another run", path)
+        made = uuid.uuid4().hex
+        write_whole(path, json.dumps({"id": made}) + "\n")
+        return made

@@ -130,13 +130,14 @@ def specs(module: Any, mesh: Mesh, dtype: Any = None) -> dict[str, jax.ShapeDtyp
         places = dict.fromkeys(arrays, whole)
     else:
         places = sharding.shardings_by_path(arrays, axes, mesh)
-    kind = lambda leaf: leaf.dtype if dtype is None else jnp.dtype(dtype)
-    made = {p: jax.ShapeDtypeStruct(a.shape, kind(a), sharding=places[p]) for p, a in arrays.items()}
-    stacks = [p for p in made if axes[p][0:1] == (LAYERS,)]
-    tiled = {p: sharding.stacked_format(made[p], places[p]) for p in stacks}
-    return made | {
-        p: jax.ShapeDtypeStruct(made[p].shape, made[p].dtype, sharding=t) for p, t in tiled.items()
-    }
+
+    def placed(path: str, leaf: jax.Array) -> jax.ShapeDtypeStruct:
+        made = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype if dtype is None else jnp.dtype(dtype))
+        stacked = axes[path][:1] == (LAYERS,)
+        place = sharding.stacked_format(made, places[path]) if stacked else places[path]
+        return jax.ShapeDtypeStruct(made.shape, made.dtype, sharding=place)
+
+    return {path: placed(path, leaf) for path, leaf in arrays.items()}
 
 
 def assemble(template: Any, arrays: Mapping[str, jax.Array]) -> Any:

@@ -136,7 +136,7 @@ def wandb(monkeypatch):
     return fake
 
 
-def test_wandb_goes_on_with_the_run_of_the_run_directory(tmp_path, wandb):
+def test_wandb_goes_on_with_the_run_of_the_run_directory(tmp_path, wandb, caplog):
     asked = WandbConfig(project="worlds", entity="us")
     for restored in (0, 2):
         writer = MetricsWriter(tmp_path, restored, open_wandb(tmp_path, asked, {"steps": 4}))
@@ -151,7 +151,10 @@ def test_wandb_goes_on_with_the_run_of_the_run_directory(tmp_path, wandb):
     other = tmp_path / "other"
     other.mkdir()
     open_wandb(other, asked, {})
-    assert wandb.starts[2]["id"] != first["id"]
+    assert wandb.starts[2]["id"] != first["id"] and not caplog.text
+    (other / "wandb.json").write_text("{")
+    open_wandb(other, asked, {})
+    assert wandb.starts[3]["id"] != wandb.starts[2]["id"] and "wandb.json is damaged" in caplog.text
 
 
 def test_wandb_that_cannot_be_had_is_one_line(tmp_path, wandb, monkeypatch):
