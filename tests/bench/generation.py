@@ -19,6 +19,7 @@ from lingbot_jax.models.dit import Condition, WorldDiT
 from lingbot_jax.rollout import causal, masks
 from lingbot_jax.rollout.cache import KVCache
 from lingbot_jax.rollout.causal import CausalConfig
+from tests.parity.peers import wan_transformer
 
 # One latent frame of 480p: 60 x 104 latent pixels, 1,560 tokens.
 PEER = DiTConfig(
@@ -65,27 +66,14 @@ def against_diffusers() -> str:
     """Forward pass with the same float32 weights, inputs and two threads."""
     try:
         import torch
-        from diffusers import WanTransformer3DModel
+
+        torch.manual_seed(0)
+        theirs = wan_transformer(PEER).eval()
     except ModuleNotFoundError as error:
         return f"forward, ours / diffusers: skipped, {error.name} is not installed (make bench installs it)"
     from lingbot_jax.convert.names_dit import diffusers_dit_table
     from lingbot_jax.convert.read import Arrays, fill
 
-    torch.manual_seed(0)
-    theirs = WanTransformer3DModel(
-        patch_size=PEER.patch,
-        num_attention_heads=PEER.heads,
-        attention_head_dim=PEER.head_dim,
-        in_channels=PEER.in_channels,
-        out_channels=PEER.latent_channels,
-        text_dim=PEER.text_dim,
-        freq_dim=PEER.freq_dim,
-        ffn_dim=PEER.ffn,
-        num_layers=PEER.layers,
-        cross_attn_norm=True,
-        qk_norm="rms_norm_across_heads",
-        eps=PEER.eps,
-    ).eval()
     weights = {name: p.detach().numpy() for name, p in theirs.state_dict().items()}
     abstract = params.abstract(lambda key: WorldDiT(PEER, key))
     ours = fill(abstract, diffusers_dit_table(PEER), Arrays(weights))

@@ -16,6 +16,7 @@ from lingbot_jax.parallel.mesh import MeshConfig, make_mesh
 from lingbot_jax.worlds.config import BOUNDARY, SampleConfig
 from lingbot_jax.worlds.open import open_world
 from lingbot_jax.worlds.world import template
+from tests.parity.peers import wan_transformer
 
 pytestmark = pytest.mark.parity
 
@@ -48,19 +49,7 @@ def peers(tmp_path_factory):
     diffusers = pytest.importorskip("diffusers")
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
-    made = {
-        name: diffusers.WanTransformer3DModel(
-            num_attention_heads=DIT.heads,
-            attention_head_dim=DIT.head_dim,
-            in_channels=DIT.in_channels,
-            out_channels=Z,
-            text_dim=DIT.text_dim,
-            freq_dim=DIT.freq_dim,
-            ffn_dim=DIT.ffn,
-            num_layers=DIT.layers,
-        ).eval()
-        for name in ("transformer", "transformer_2")
-    }
+    made = {name: wan_transformer(DIT).eval() for name in ("transformer", "transformer_2")}
     moments = {"latents_mean": list(VAE.mean), "latents_std": list(VAE.std)}
     made["vae"] = diffusers.AutoencoderKLWan(base_dim=VAE.width, z_dim=Z, **moments).eval()
     sizes = {"d_model": TEXT.dim, "d_kv": TEXT.head_dim, "d_ff": TEXT.ffn, "vocab_size": TEXT.vocab}

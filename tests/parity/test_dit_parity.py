@@ -11,6 +11,7 @@ from lingbot_jax.convert.read import Arrays, fill
 from lingbot_jax.models import params
 from lingbot_jax.models.config import DiTConfig
 from lingbot_jax.models.dit import Condition, WorldDiT
+from tests.parity.peers import wan_transformer
 
 CONFIG = DiTConfig(
     dim=72,
@@ -32,23 +33,9 @@ pytestmark = pytest.mark.parity
 def peers():
     """The same weights in both: (torch model, ours, slots by torch name)."""
     import torch
-    from diffusers import WanTransformer3DModel
 
     torch.manual_seed(0)
-    theirs = WanTransformer3DModel(
-        patch_size=CONFIG.patch,
-        num_attention_heads=CONFIG.heads,
-        attention_head_dim=CONFIG.head_dim,
-        in_channels=CONFIG.in_channels,
-        out_channels=CONFIG.latent_channels,
-        text_dim=CONFIG.text_dim,
-        freq_dim=CONFIG.freq_dim,
-        ffn_dim=CONFIG.ffn,
-        num_layers=CONFIG.layers,
-        cross_attn_norm=True,
-        qk_norm="rms_norm_across_heads",
-        eps=CONFIG.eps,
-    )
+    theirs = wan_transformer(CONFIG)
     with torch.no_grad():
         for name, p in theirs.named_parameters():
             std = p[0].numel() ** -0.5 if p.ndim > 1 else 0.1

@@ -17,6 +17,7 @@ from lingbot_jax.models.lora import LoraConfig, is_lora
 from lingbot_jax.worlds.checkpoints import Checkpoints
 from lingbot_jax.worlds.open import find
 from lingbot_jax.worlds.world import template
+from tests.parity.peers import wan_transformer
 
 pytestmark = pytest.mark.parity
 
@@ -38,19 +39,10 @@ LORA = LoraConfig(rank=3, alpha=6.0)
 @pytest.fixture(scope="module")
 def peer():
     torch = pytest.importorskip("torch")
-    diffusers = pytest.importorskip("diffusers")
+    pytest.importorskip("diffusers")
     pytest.importorskip("peft")
     torch.manual_seed(0)
-    return diffusers.WanTransformer3DModel(
-        num_attention_heads=DIT.heads,
-        attention_head_dim=DIT.head_dim,
-        in_channels=DIT.in_channels,
-        out_channels=Z,
-        text_dim=DIT.text_dim,
-        freq_dim=DIT.freq_dim,
-        ffn_dim=DIT.ffn,
-        num_layers=DIT.layers,
-    ).eval()
+    return wan_transformer(DIT).eval()
 
 
 @pytest.fixture(scope="module")
